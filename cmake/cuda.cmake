@@ -1,0 +1,45 @@
+# Decides about CUDA: sets MAMBA_SSM_WITH_CUDA, MAMBA_SSM_CUDA_SUMMARY, and the architectures.
+set(MAMBA_SSM_WITH_CUDA OFF)
+if(MAMBA_SSM_CUDA STREQUAL "OFF")
+  set(MAMBA_SSM_CUDA_SUMMARY "off: MAMBA_SSM_CUDA=OFF")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(MAMBA_SSM_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "MAMBA_SSM_CUDA=ON, but no nvcc was found: add it to PATH or set CUDACXX.")
+  endif()
+  set(MAMBA_SSM_CUDA_SUMMARY "off: no nvcc found (PATH, CUDACXX)")
+  return()
+endif()
+
+if(MAMBA_SSM_CUDA_ARCHS)
+  set(archs ${MAMBA_SSM_CUDA_ARCHS})
+  set(reason "MAMBA_SSM_CUDA_ARCHS")
+else()
+  # The GPUs of this machine, if it has any.
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE capabilities OUTPUT_STRIP_TRAILING_WHITESPACE
+                  RESULT_VARIABLE result ERROR_QUIET)
+  if(result EQUAL 0 AND capabilities MATCHES "^[0-9.\n]+$")
+    string(REPLACE "." "" capabilities "${capabilities}")
+    string(REPLACE "\n" ";" archs "${capabilities}")
+    list(REMOVE_DUPLICATES archs)
+    list(TRANSFORM archs APPEND "-real")
+    set(reason "this machine's GPUs")
+  else()
+    # One cubin per generation that torch's own builds serve; 86 also runs on 89, 100 on 103, and the
+    # PTX of 120 is compiled by the driver for whatever follows.
+    set(archs 75-real 80-real 86-real 90-real 100-real 120)
+    set(reason "the release set: no GPU here")
+  endif()
+endif()
+set(CMAKE_CUDA_ARCHITECTURES ${archs})
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(MAMBA_SSM_WITH_CUDA ON)
+set(MAMBA_SSM_CUDA_SUMMARY "${CMAKE_CUDA_COMPILER_VERSION}, architectures ${archs} (${reason})")

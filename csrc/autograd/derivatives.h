@@ -1,0 +1,31 @@
+// The ops that only autograd calls, as C++ functions. Arguments are those of the forward op, behind
+// the incoming gradients; results are the gradients of its tensor arguments, in order, and absent
+// where an optional argument is.
+#pragma once
+
+#include <tuple>
+
+#include "dispatch.h"
+
+namespace mamba_ssm {
+
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> causal_conv1d_bwd(
+    const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
+    bool silu);
+
+/// selective_scan that also returns the state before every chunk, for selective_scan_bwd.
+std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+    const OptionalTensor& initial_state, const OptionalTensor& seq_idx, bool delta_softplus);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor,
+           OptionalTensor>
+selective_scan_bwd(const Tensor& dout, const OptionalTensor& dlast_state, const Tensor& states,
+                   const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                   const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                   const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                   const OptionalTensor& seq_idx, bool delta_softplus);
+
+}  // namespace mamba_ssm

@@ -1,0 +1,8 @@
+// Everything public, in one header.
+#pragma once
+
+#include <mamba_ssm/io/safetensors.h>
+#include <mamba_ssm/nn/mamba.h>
+#include <mamba_ssm/nn/model.h>
+#include <mamba_ssm/ops.h>
+#include <mamba_ssm/version.h>

@@ -1,0 +1,161 @@
+// A language model of Mamba blocks: the twin of MambaLMHeadModel in Python, with the same
+// config.json and the same names of parameters.
+#pragma once
+
+#include <mamba_ssm/export.h>
+#include <mamba_ssm/nn/mamba.h>
+#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/modules/embedding.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace mamba_ssm {
+
+/// Options of the language model; the defaults are those of config.json.
+struct MAMBA_SSM_API MambaLMConfig {
+  /// Reads config.json. Raises std::runtime_error, naming the key, for a missing d_model, n_layer
+  /// or vocab_size, for an unknown key, a value of the wrong type or out of range, and for what
+  /// this model does not have: attention layers, MLPs, layers other than "Mamba1".
+  static MambaLMConfig from_file(const std::filesystem::path& path);
+
+  /// The text of config.json, readable by Python's MambaConfig too.
+  std::string to_json() const;
+
+  /// Width of the residual stream.
+  TORCH_ARG(int64_t, d_model) = 2560;
+  /// Number of blocks.
+  TORCH_ARG(int64_t, n_layer) = 64;
+  /// Number of tokens; the embedding has this many rows, rounded up to pad_vocab_size_multiple.
+  TORCH_ARG(int64_t, vocab_size) = 50277;
+  TORCH_ARG(int64_t, pad_vocab_size_multiple) = 8;
+  /// Options of every Mamba block. Its d_model, dtype and device are taken from here instead.
+  TORCH_ARG(MambaOptions, ssm_cfg) = MambaOptions(0);
+  /// RMS norm instead of layer norm.
+  TORCH_ARG(bool, rms_norm) = true;
+  /// Added to the variance in every norm; not part of config.json.
+  TORCH_ARG(double, norm_epsilon) = 1e-5;
+  /// Keeps the residual stream in float32 in a 16-bit model.
+  TORCH_ARG(bool, residual_in_fp32) = true;
+  /// Accepted for config.json's sake; the result does not depend on it.
+  TORCH_ARG(bool, fused_add_norm) = true;
+  /// The head multiplies by the embedding instead of a matrix of its own.
+  TORCH_ARG(bool, tie_embeddings) = true;
+  /// Type of the parameters (A_log and D: see MambaImpl); absent: torch's default dtype.
+  TORCH_ARG(std::optional<at::ScalarType>, dtype) = std::nullopt;
+  /// Device of the parameters; absent: the CPU.
+  TORCH_ARG(std::optional<at::Device>, device) = std::nullopt;
+
+ public:
+  /// Rows of the embedding: vocab_size rounded up.
+  int64_t padded_vocab_size() const;
+};
+
+/// RMS norm (parameter `weight`) or layer norm (`weight`, `bias`) over the last dimension. Computed
+/// in the dtype of its input, at least float32; the result has the dtype of `weight`.
+/// Source: RMSNorm (arXiv 1910.07467).
+class MAMBA_SSM_API NormImpl : public torch::nn::Cloneable<NormImpl> {
+ public:
+  NormImpl(int64_t size_, bool rms_norm_, double epsilon_);
+
+  void reset() override;
+
+  /// x (..., size) -> the same shape.
+  at::Tensor forward(const at::Tensor& x);
+
+  int64_t size;
+  bool rms_norm;
+  double epsilon;
+
+  at::Tensor weight;  // (size)
+  at::Tensor bias;    // (size); undefined for RMS norm
+};
+TORCH_MODULE(Norm);
+
+/// One layer: residual <- residual + hidden, hidden <- mixer(norm(residual)).
+class MAMBA_SSM_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
+ public:
+  explicit BlockImpl(MambaLMConfig config_);
+
+  void reset() override;
+
+  /// hidden_states (batch, seqlen, d_model) -> the same shape. `residual` is undefined before the
+  /// first layer, and is replaced. `state`: as in MambaImpl::forward.
+  at::Tensor forward(const at::Tensor& hidden_states, at::Tensor& residual,
+                     MambaState* state = nullptr);
+
+  MambaLMConfig config;
+
+  Norm norm{nullptr};
+  Mamba mixer{nullptr};
+};
+TORCH_MODULE(Block);
+
+/// Everything but the head: embedding, layers, norm_f.
+class MAMBA_SSM_API MixerModelImpl : public torch::nn::Cloneable<MixerModelImpl> {
+ public:
+  explicit MixerModelImpl(MambaLMConfig config_);
+
+  void reset() override;
+
+  /// input_ids (batch, seqlen), int32 or int64 -> (batch, seqlen, d_model). `states`: one per
+  /// layer, or nullptr.
+  at::Tensor forward(const at::Tensor& input_ids, std::vector<MambaState>* states = nullptr);
+
+  MambaLMConfig config;
+
+  torch::nn::Embedding embedding{nullptr};  // (padded_vocab_size, d_model)
+  torch::nn::ModuleList layers{nullptr};    // n_layer Blocks
+  Norm norm_f{nullptr};
+};
+TORCH_MODULE(MixerModel);
+
+/// The language model: tokens in, logits of the next token out.
+///
+///     MambaLMHeadModel model = MambaLMHeadModelImpl::from_pretrained("checkpoint");
+///     auto states = model->allocate_inference_cache(/*batch_size=*/1);
+///     auto logits = model->forward(prompt, &states, /*num_last_tokens=*/1);  // then token by
+///     token
+///
+/// Initialised as published: embedding N(0, 0.02), every out_proj divided by sqrt(n_layer).
+/// Source: Mamba (arXiv 2312.00752), section 3.4.
+class MAMBA_SSM_API MambaLMHeadModelImpl : public torch::nn::Cloneable<MambaLMHeadModelImpl> {
+ public:
+  explicit MambaLMHeadModelImpl(MambaLMConfig config_);
+
+  void reset() override;
+
+  /// input_ids (batch, seqlen), int32 or int64, each below padded_vocab_size -> logits (batch,
+  /// seqlen, padded_vocab_size), or of the last num_last_tokens tokens only if that is positive.
+  ///
+  /// With `states`, one per layer, the tokens continue the sequences that the states have seen, and
+  /// the states are updated in place (see MambaImpl::forward).
+  at::Tensor forward(const at::Tensor& input_ids, std::vector<MambaState>* states = nullptr,
+                     int64_t num_last_tokens = 0);
+
+  /// States of zeros, one per layer; see MambaImpl::allocate_inference_cache.
+  std::vector<MambaState> allocate_inference_cache(
+      int64_t batch_size, int64_t max_seqlen = 0,
+      std::optional<at::ScalarType> dtype = std::nullopt) const;
+
+  /// Reads config.json and model.safetensors in `folder`, as written by save_pretrained here or in
+  /// Python. The parameters get `dtype` (absent: torch's default dtype) whatever the file holds.
+  /// Raises std::runtime_error if a file is missing, malformed, or does not fit the other
+  /// (c10::Error if it asks for a Mamba block that cannot be).
+  static std::shared_ptr<MambaLMHeadModelImpl> from_pretrained(
+      const std::filesystem::path& folder, std::optional<at::ScalarType> dtype = std::nullopt,
+      std::optional<at::Device> device = std::nullopt);
+
+  /// Writes config.json and model.safetensors into `folder`, which is created if it is not there.
+  void save_pretrained(const std::filesystem::path& folder) const;
+
+  MambaLMConfig config;
+
+  MixerModel backbone{nullptr};
+  torch::nn::Linear lm_head{nullptr};  // empty with tie_embeddings
+};
+TORCH_MODULE(MambaLMHeadModel);
+
+}  // namespace mamba_ssm

@@ -1,0 +1,126 @@
+// The operations as C++ functions. Each calls the torch op of its name (torch.ops.mamba_ssm in
+// Python), so it works on CPU, CUDA and meta tensors, under autograd and under tracing.
+//
+// Common rules. T is one floating type for all activations of a call: float32, float16, bfloat16 or
+// float64; parameters (A, D, biases, weights) may each be float32, float16 or bfloat16, or float64
+// with T = float64. Sums run in float32 (float64). Tensors may have any strides; empty tensors give
+// empty results. All tensors of a call are on one device. Wrong arguments raise an error that names
+// op, argument, expected and actual value, before anything is written. Results are the same bits
+// run to run.
+//
+// seq_idx (batch, seqlen), int32 or int64, packs several sequences into a row: each id names one run
+// of tokens; nothing crosses from one id to the next; ids < 0 are padding, with output 0 and no
+// effect on states or gradients. Initial states belong to the first sequence of a row, final states
+// continue its last one.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include <mamba_ssm/export.h>
+
+namespace mamba_ssm {
+
+/// Causal depthwise convolution, out[b,c,t] = act(bias[c] + sum_k weight[c,k] x[b,c,t-(width-1)+k]).
+///
+/// Shapes: x (batch, dim, seqlen); weight (dim, width), any width >= 1; bias (dim); initial_states
+/// (batch, dim, width-1): the inputs before the first token, 0 when absent. `silu` applies
+/// a * sigmoid(a). Returns out, of x's dtype, shape and (when x is dense) layout, and final_states
+/// (batch, dim, width-1): what a next call takes as initial_states. Differentiable in x, weight,
+/// bias, initial_states, through both results.
+/// Source: Mamba (arXiv 2312.00752), section 3.4.
+MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> causal_conv1d(
+    const at::Tensor& x, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias = std::nullopt,
+    const std::optional<at::Tensor>& seq_idx = std::nullopt,
+    const std::optional<at::Tensor>& initial_states = std::nullopt, bool silu = false);
+
+/// Decode step of causal_conv1d: x (batch, dim) or (batch, dim, seqlen) are new tokens, conv_state
+/// (num_slots, dim, state_len >= width-1) holds past inputs, oldest first, and is updated in place.
+///
+/// With cache_seqlens (batch), int32 or int64, conv_state is a ring whose next column is
+/// cache_seqlens[b] mod state_len. With conv_state_indices (batch) row b uses that slot; a negative
+/// index is padding: its output is 0 and no state changes. An index >= num_slots raises on CPU and
+/// is padding on CUDA. Returns out, like x. Not differentiable.
+MAMBA_SSM_API at::Tensor causal_conv1d_update(
+    const at::Tensor& x, const at::Tensor& conv_state, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias = std::nullopt,
+    const std::optional<at::Tensor>& cache_seqlens = std::nullopt,
+    const std::optional<at::Tensor>& conv_state_indices = std::nullopt, bool silu = false);
+
+/// The last state_len tokens of every packed sequence, zeros to the left of a shorter one.
+///
+/// x (total_tokens, dim); cu_seqlens (num_sequences + 1), int32 or int64, non-decreasing from 0 to
+/// total_tokens (checked on CPU, clamped on CUDA). Returns (num_sequences, dim, state_len).
+MAMBA_SSM_API at::Tensor causal_conv1d_varlen_states(const at::Tensor& x,
+                                                     const at::Tensor& cu_seqlens,
+                                                     int64_t state_len);
+
+/// Selective scan: h_t = exp(d_t A) h_{t-1} + d_t B_t u_t, y_t = C_t h_t + D u_t, out = y silu(z),
+/// with d = delta + delta_bias, through softplus when delta_softplus.
+///
+/// Shapes: u, delta, z (batch, dim, seqlen); A (dim, dstate), real or complex; B, C (batch, dstate,
+/// seqlen) or (batch, groups, dstate, seqlen) per time, or (dim, dstate) constant; D, delta_bias
+/// (dim); initial_state (batch, dim, dstate), T or float32. With complex A, y is twice the real
+/// part, constant B and C are complex, and B, C per time have 2 * seqlen columns, real and imaginary
+/// part side by side. Returns out, of u's dtype and shape, and last_state (batch, dim, dstate),
+/// float32 (float64, or complex with A). Differentiable in every floating argument, through both
+/// results.
+/// Source: Mamba (arXiv 2312.00752), algorithm 2.
+MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> selective_scan(
+    const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& C, const std::optional<at::Tensor>& D = std::nullopt,
+    const std::optional<at::Tensor>& z = std::nullopt,
+    const std::optional<at::Tensor>& delta_bias = std::nullopt,
+    const std::optional<at::Tensor>& initial_state = std::nullopt,
+    const std::optional<at::Tensor>& seq_idx = std::nullopt, bool delta_softplus = false);
+
+/// One decode step: s = exp(d A) s + d B x, out = C s + D x, out *= silu(z), d = dt + dt_bias,
+/// through softplus when dt_softplus. `state` is updated in place.
+///
+/// Shapes without heads: state (num_slots, dim, dstate); x, dt, z (batch, dim); A (dim, dstate);
+/// B, C (batch, dstate); D, dt_bias (dim). With heads: state (num_slots, nheads, headdim, dstate);
+/// x, dt, z (batch, nheads, headdim); A (nheads, headdim, dstate); B, C (batch, ngroups, dstate);
+/// D, dt_bias (nheads, headdim). state may have any floating dtype, dt that of x or float32.
+/// state_batch_indices (batch), int32 or int64, names the slot of each row, as conv_state_indices
+/// does in causal_conv1d_update. Returns out, like x. Not differentiable.
+/// Source: Mamba (arXiv 2312.00752), section 3.3.2.
+MAMBA_SSM_API at::Tensor selective_state_update(
+    const at::Tensor& state, const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A,
+    const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& D = std::nullopt,
+    const std::optional<at::Tensor>& z = std::nullopt,
+    const std::optional<at::Tensor>& dt_bias = std::nullopt,
+    const std::optional<at::Tensor>& state_batch_indices = std::nullopt, bool dt_softplus = false);
+
+/// Everything between in_proj and the end of a Mamba block: split xz in x and z, convolve and SiLU
+/// x, project it to delta, B, C, scan with gate z, project out. One autograd node that keeps neither
+/// the convolved x nor delta: the backward computes them again.
+///
+/// Shapes: xz (batch, 2 * dim, seqlen); conv1d_weight (dim, 1, width); conv1d_bias (dim);
+/// x_proj_weight (dt_rank + 2 * dstate, dim), without the rows of a B or C that is given (complex A:
+/// 2 real rows per state, real part first); delta_proj_weight (dim, dt_rank); out_proj_weight
+/// (d_model, dim); out_proj_bias (d_model); A (dim, dstate); B, C as in selective_scan, computed from
+/// x when absent; D, delta_bias (dim); B_proj_bias, C_proj_bias (rows of B, C); b_rms_weight,
+/// c_rms_weight (rows of B, C) and dt_rms_weight (dim) normalise B, C over their rows and delta over
+/// dim. Returns (batch, seqlen, d_model). checkpoint_lvl 0 keeps the convolved x and delta instead.
+/// Under autocast the projection weights are cast to the autocast dtype.
+/// Source: Mamba (arXiv 2312.00752), section 3.4.
+MAMBA_SSM_API at::Tensor mamba_inner(
+    const at::Tensor& xz, const at::Tensor& conv1d_weight,
+    const std::optional<at::Tensor>& conv1d_bias, const at::Tensor& x_proj_weight,
+    const at::Tensor& delta_proj_weight, const at::Tensor& out_proj_weight,
+    const std::optional<at::Tensor>& out_proj_bias, const at::Tensor& A,
+    const std::optional<at::Tensor>& B = std::nullopt,
+    const std::optional<at::Tensor>& C = std::nullopt,
+    const std::optional<at::Tensor>& D = std::nullopt,
+    const std::optional<at::Tensor>& delta_bias = std::nullopt,
+    const std::optional<at::Tensor>& B_proj_bias = std::nullopt,
+    const std::optional<at::Tensor>& C_proj_bias = std::nullopt,
+    const std::optional<at::Tensor>& b_rms_weight = std::nullopt,
+    const std::optional<at::Tensor>& c_rms_weight = std::nullopt,
+    const std::optional<at::Tensor>& dt_rms_weight = std::nullopt, bool delta_softplus = true,
+    int64_t checkpoint_lvl = 1, double b_c_dt_rms_eps = 1e-6);
+
+}  // namespace mamba_ssm

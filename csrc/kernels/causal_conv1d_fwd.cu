@@ -1,0 +1,347 @@
+// Causal depthwise convolution, forward.
+//
+// Channel-last data: a thread owns one 16-byte vector of channels and walks a strip of tokens, the
+// last width inputs in registers. Channel-first data: a warp owns a tile of one row, a thread
+// vectors along time; the width - 1 inputs before a vector come from the lane to the left.
+// Everything else (other widths, float64, strides without vectors): a thread per output.
+#include "causal_conv1d.cuh"
+#include "launch.cuh"
+
+namespace mamba_ssm::kernels {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
+
+#ifndef FWD_BYTES
+#define FWD_BYTES 16
+#endif
+#ifndef FWD_STAGES
+#define FWD_STAGES 4
+#endif
+#ifndef FWD_BLOCKS
+#define FWD_BLOCKS 4
+#endif
+#ifndef FWD_STEPS
+#define FWD_STEPS 8
+#endif
+#ifndef FWD_MIN_STRIP
+#define FWD_MIN_STRIP 32
+#endif
+#ifndef FWD_MAX_STRIP
+#define FWD_MAX_STRIP 256
+#endif
+#ifndef FWD_WARPS
+#define FWD_WARPS 20
+#endif
+template <class T>
+constexpr int kChannels = FWD_BYTES / sizeof(T);  // of a thread, channel-last
+constexpr int kRows = 4;              // tokens of a stage: a multiple of them keeps the window in place
+constexpr int kStages = FWD_STAGES;   // of the ring
+constexpr int kSteps = FWD_STEPS;     // vectors of a thread in flight, channel-first
+
+template <class T, int kWidth, bool kPacked>
+__global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
+    forward_channel_last(const CausalConv1dParams p, const Strips strips) {
+  using Acc = Accumulate<T>;
+  constexpr int kVec = kChannels<T>;
+  // A thread reads only what it copied itself: no barriers.
+  __shared__ Pack<T, kVec> ring[kStages][kRows][kThreads];
+
+  const ChannelWalk<kWarps, kVec> walk(p, strips);
+  const int64_t b = walk.b;
+  const int64_t c = walk.c;
+  const int length = walk.length;
+  const ExtendedIds ids = extended_ids<kPacked>(p, b, walk.begin - (kWidth - 1));
+  if (c >= p.dim) return;
+
+  const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c + walk.begin * p.x.stride[2];
+  T* out = static_cast<T*>(p.out.data) + b * p.out.stride[0] + c + walk.begin * p.out.stride[2];
+  int fetched = 0;
+  int fetch_stage = 0;
+  const auto fetch = [&] {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (fetched + r < length) copy_async(&ring[fetch_stage][r][threadIdx.x], x);
+      x += p.x.stride[2];
+    }
+    commit_copies();
+    fetched += kRows;
+    fetch_stage = fetch_stage + 1 < kStages ? fetch_stage + 1 : 0;
+  };
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch();
+
+  const Taps<T, kVec, kWidth> taps(p.weight, p.bias, c);
+  Window<T, kVec, kWidth> window;
+  window.start(p, b, c, walk.begin);
+  TapFilter<kWidth, kPacked> filter(ids, walk.begin);
+  const auto step = [&](const Pack<T, kVec>& row, unsigned used) {
+    window.push(row);
+    Acc sum[kVec];
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) sum[e] = taps.bias[e];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      if (kPacked && !(used >> k & 1)) continue;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] += taps.weight[k][e] * window.input[k][e];
+    }
+    if (p.silu) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] = silu(sum[e]);
+    }
+    if (kPacked && used == 0) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] = 0;
+    }
+    Pack<T, kVec> rounded;
+    rounded.round(sum);
+    rounded.store(out);
+    out += p.out.stride[2];
+  };
+
+  int stage = 0;
+  for (int i = 0; i < length; i += kRows) {
+    wait_copies<kStages - 2>();
+    const Pack<T, kVec>(*rows)[kThreads] = ring[stage];
+    if (i + kRows <= length) {
+      unsigned used[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        used[r] = filter.next(kPacked ? ids(walk.begin + i + r) : 0);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) step(rows[r][threadIdx.x], used[r]);
+    } else {
+#pragma unroll 1
+      for (int r = 0; i + r < length; ++r) {
+        step(rows[r][threadIdx.x], filter.next(kPacked ? ids(walk.begin + i + r) : 0));
+      }
+    }
+    fetch();
+    stage = stage + 1 < kStages ? stage + 1 : 0;
+  }
+}
+
+/// kPlain: rows start and end at 16-byte boundaries, and there are neither ids nor initial states.
+template <class T, int kWidth, bool kPlain>
+__global__ void __launch_bounds__(kThreads)
+    forward_channel_first(const CausalConv1dParams p, const Strips strips) {
+  using Acc = Accumulate<T>;
+  constexpr int kVec = Vector<T>::kSize;
+  constexpr int kHalo = kWidth - 1;
+  constexpr int kStep = kWarpSize * kVec;  // tokens that a warp computes at a time
+
+  const int lane = threadIdx.x % kWarpSize;
+  const unsigned strip = blockIdx.x % strips.blocks;
+  const unsigned index = blockIdx.x / strips.blocks;
+  const int64_t c = int64_t{index % strips.groups} * kWarps + threadIdx.x / kWarpSize;
+  const int64_t b = index / strips.groups;
+  if (c >= p.dim) return;
+
+  const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c * p.x.stride[1];
+  T* out = static_cast<T*>(p.out.data) + b * p.out.stride[0] + c * p.out.stride[1];
+  // Vectors start at 16-byte boundaries: the first one of a row may reach back before token 0. From
+  // here on tokens are counted from the start of the strip; the row has those in [head, length).
+  const int phase = kPlain ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
+  const int64_t begin = int64_t{strip} * strips.length - phase;
+  const int head = begin < 0 ? phase : 0;
+  const int64_t rest = p.seqlen - begin;
+  const int length = rest < strips.length ? static_cast<int>(rest) : strips.length;
+  x += begin;
+  out += begin;
+  const auto inside = [&](int u) {
+    return kPlain ? u < length : u >= head && u + kVec <= length;
+  };
+  const ExtendedRow<T> input{p, b};
+
+  Pack<T, kVec> vectors[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int u = step * kStep + lane * kVec;
+    if (inside(u)) {
+      vectors[step].load(x + u);
+    } else if (!kPlain && u < length) {
+      Acc values[kVec];
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) values[e] = input(c, begin + u + e);
+      vectors[step].round(values);  // exact: they come from T
+    }
+  }
+  Acc before[kHalo] = {};  // what stands left of lane 0
+  if (lane == 0 && (!kPlain || begin > 0)) {
+#pragma unroll
+    for (int j = 0; j < kHalo; ++j) {
+      before[j] = kPlain ? to_accumulate(x[j - kHalo]) : input(c, begin - kHalo + j);
+    }
+  }
+  const Taps<T, 1, kWidth> taps(p.weight, p.bias, c);
+  const ExtendedIds ids = extended_ids<!kPlain>(p, b, begin - kHalo);
+
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (step * kStep >= length) break;
+    const int u = step * kStep + lane * kVec;
+    Acc window[kHalo + kVec];  // inputs of tokens u - kHalo .. u + kVec - 1
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) window[kHalo + e] = vectors[step][e];
+#pragma unroll
+    for (int j = 0; j < kHalo; ++j) {
+      // Lane 0 gets the end of lane 31, for the next step.
+      const Acc left =
+          __shfl_sync(kAllLanes, window[kVec + j], (lane + kWarpSize - 1) % kWarpSize);
+      window[j] = lane == 0 ? before[j] : left;
+      before[j] = left;
+    }
+    const unsigned used = filter_taps<kWidth, !kPlain, kVec>(ids, begin + u, p.seqlen);
+    Acc sum[kVec];
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      sum[e] = taps.bias[0];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        if (!kPlain && !(used >> (e * kWidth + k) & 1)) continue;
+        sum[e] += taps.weight[k][0] * window[e + k];
+      }
+    }
+    if (p.silu) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] = silu(sum[e]);
+    }
+    if constexpr (!kPlain) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        if (!(used >> (e * kWidth + kHalo) & 1)) sum[e] = 0;
+      }
+    }
+    if (inside(u)) {
+      Pack<T, kVec> rounded;
+      rounded.round(sum);
+      rounded.store(out + u);
+    } else if (!kPlain) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        if (u + e >= head && u + e < length) out[u + e] = from_accumulate<T>(sum[e]);
+      }
+    }
+  }
+}
+
+/// A block owns 32 positions of the axis that is denser in memory, kDepth of the other.
+constexpr int kDepth = 8 * kWarps;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    forward_any(const CausalConv1dParams p, bool channels_are_dense) {
+  using Acc = Accumulate<T>;
+  const int64_t dense_size = channels_are_dense ? p.dim : p.seqlen;
+  const int64_t other_size = channels_are_dense ? p.seqlen : p.dim;
+  const int64_t dense_tiles = (dense_size + kWarpSize - 1) / kWarpSize;
+  const int64_t other_tiles = (other_size + kDepth - 1) / kDepth;
+  const int64_t dense = blockIdx.x % dense_tiles * kWarpSize + threadIdx.x % kWarpSize;
+  const int64_t other_begin =
+      blockIdx.x / dense_tiles % other_tiles * kDepth + threadIdx.x / kWarpSize;
+  const int64_t b = blockIdx.x / dense_tiles / other_tiles;
+  const ExtendedIds ids = extended_ids<true>(p, b, -1);
+  if (dense >= dense_size) return;
+#pragma unroll 1
+  for (int i = 0; i < kDepth; i += kWarps) {
+    const int64_t other = other_begin + i;
+    if (other >= other_size) break;
+    const int64_t c = channels_are_dense ? dense : other;
+    const int64_t t = channels_are_dense ? other : dense;
+    Acc y = 0;
+    if (!given(p.seq_idx) || ids(t) >= 0) {
+      y = preactivation<T>(p, ids, b, c, t);
+      if (p.silu) y = silu(y);
+    }
+    static_cast<T*>(
+        p.out.data)[b * p.out.stride[0] + c * p.out.stride[1] + t * p.out.stride[2]] =
+        from_accumulate<T>(y);
+  }
+}
+
+/// The end of the extended row, as seen from its last token that is not padding. A warp per 32
+/// channels of a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    forward_final_states(const CausalConv1dParams p, int64_t groups) {
+  const int64_t item = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize;
+  const int64_t b = item / groups;
+  if (b >= p.batch) return;
+  const int64_t c = item % groups * kWarpSize + threadIdx.x % kWarpSize;
+  const ExtendedIds ids = extended_ids<true>(p, b, -1);
+  const int64_t last = given(p.seq_idx) ? last_real_token(ids.ids, p.seqlen) : p.seqlen - 1;
+  if (c >= p.dim) return;
+  const ExtendedRow<T> input{p, b};
+  const View<3>& states = p.final_states;
+  for (int64_t column = 0; column < p.width - 1; ++column) {
+    const int64_t s = last - (p.width - 2) + column;
+    const bool same_sequence = !given(p.seq_idx) || ids(s) == ids(last);
+    static_cast<T*>(states.data)[b * states.stride[0] + c * states.stride[1] +
+                                 column * states.stride[2]] =
+        from_accumulate<T>(same_sequence ? input(c, s) : Accumulate<T>(0));
+  }
+}
+
+template <class T>
+void launch_outputs(const CausalConv1dParams& p, cudaStream_t stream) {
+  if constexpr (sizeof(T) <= 4) {
+    if (has_own_arm(p.width) && channels_are_packed<T, kChannels<T>>(p.dim, p.x, p.out)) {
+      const Strips strips = cut_channels<kWarps, kChannels<T>>(
+          p, int64_t{multiprocessor_count()} * FWD_WARPS, kRows, FWD_MIN_STRIP, FWD_MAX_STRIP);
+      const auto blocks =
+          static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
+      for_width(p.width, [&](auto width) {
+        for_flag(given(p.seq_idx), [&](auto packed) {
+          forward_channel_last<T, width, packed><<<blocks, kThreads, 0, stream>>>(p, strips);
+        });
+      });
+      return;
+    }
+    if (has_own_arm(p.width) && tokens_are_vectors<T>(p.x, p.out)) {
+      constexpr int kSize = Vector<T>::kSize;
+      const int64_t phase = most_phase<T>(p.x);
+      Strips strips;
+      strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
+      strips.length = kSteps * kWarpSize * kSize;
+      strips.blocks = static_cast<unsigned>(ceil_div(p.seqlen + phase, strips.length));
+      const bool plain = phase == 0 && p.seqlen % kSize == 0 && !given(p.seq_idx) &&
+                         !given(p.initial_states);
+      const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
+      for_width(p.width, [&](auto width) {
+        for_flag(plain, [&](auto is_plain) {
+          forward_channel_first<T, width, is_plain><<<blocks, kThreads, 0, stream>>>(p, strips);
+        });
+      });
+      return;
+    }
+  }
+  const bool channels_are_dense = p.x.stride[1] < p.x.stride[2] || p.seqlen == 1;
+  const int64_t dense_size = channels_are_dense ? p.dim : p.seqlen;
+  const int64_t other_size = channels_are_dense ? p.seqlen : p.dim;
+  const int64_t tiles = ceil_div(dense_size, kWarpSize) * ceil_div(other_size, kDepth);
+  forward_any<T><<<static_cast<unsigned>(p.batch * tiles), kThreads, 0, stream>>>(
+      p, channels_are_dense);
+}
+
+}  // namespace
+
+template <class T>
+CudaStatus launch_causal_conv1d_fwd(const CausalConv1dParams& p, CudaStream stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (p.batch == 0 || p.dim == 0) return cudaSuccess;
+  if (p.seqlen > 0) launch_outputs<T>(p, stream);
+  if (given(p.final_states) && p.width > 1) {
+    const int64_t groups = ceil_div(p.dim, kWarpSize);
+    const auto blocks = static_cast<unsigned>(ceil_div(p.batch * groups, kWarps));
+    forward_final_states<T><<<blocks, kThreads, 0, stream>>>(p, groups);
+  }
+  return cudaGetLastError();
+}
+
+template CudaStatus launch_causal_conv1d_fwd<MAMBA_SSM_ELEMENT>(const CausalConv1dParams&,
+                                                                CudaStream);
+
+}  // namespace mamba_ssm::kernels

@@ -1,0 +1,86 @@
+// From the element type of a call to the launcher compiled for it.
+#include <cuda_runtime.h>
+
+#include "launch.cuh"
+
+namespace mamba_ssm::kernels {
+namespace {
+
+/// Calls f with a value of the element type that `dtype` names.
+template <class F>
+auto for_element(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(Half{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat64:
+      return f(double{});
+    default:
+      return f(float{});
+  }
+}
+
+}  // namespace
+
+CudaStatus causal_conv1d_fwd_cuda(const CausalConv1dParams& p, CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_causal_conv1d_fwd<decltype(t)>(p, stream); });
+}
+
+size_t causal_conv1d_bwd_cuda_workspace(const CausalConv1dParams& p) {
+  return for_element(p.dtype,
+                     [&](auto t) { return workspace_causal_conv1d_bwd<decltype(t)>(p); });
+}
+
+CudaStatus causal_conv1d_bwd_cuda(const CausalConv1dParams& p, void* workspace,
+                                  CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_causal_conv1d_bwd<decltype(t)>(p, workspace, stream); });
+}
+
+CudaStatus causal_conv1d_update_cuda(const CausalConv1dUpdateParams& p, CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_causal_conv1d_update<decltype(t)>(p, stream); });
+}
+
+CudaStatus causal_conv1d_varlen_states_cuda(const CausalConv1dVarlenStatesParams& p,
+                                            CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_causal_conv1d_varlen_states<decltype(t)>(p, stream); });
+}
+
+size_t selective_scan_fwd_cuda_workspace(const SelectiveScanParams& p) {
+  return for_element(p.dtype,
+                     [&](auto t) { return workspace_selective_scan_fwd<decltype(t)>(p); });
+}
+
+CudaStatus selective_scan_fwd_cuda(const SelectiveScanParams& p, void* workspace,
+                                   CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) {
+    return launch_selective_scan_fwd<decltype(t)>(p, workspace, stream);
+  });
+}
+
+size_t selective_scan_bwd_cuda_workspace(const SelectiveScanParams& p) {
+  return for_element(p.dtype,
+                     [&](auto t) { return workspace_selective_scan_bwd<decltype(t)>(p); });
+}
+
+CudaStatus selective_scan_bwd_cuda(const SelectiveScanParams& p, void* workspace,
+                                   CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) {
+    return launch_selective_scan_bwd<decltype(t)>(p, workspace, stream);
+  });
+}
+
+CudaStatus selective_state_update_cuda(const SelectiveStateUpdateParams& p, CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_selective_state_update<decltype(t)>(p, stream); });
+}
+
+const char* cuda_error_string(CudaStatus status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
+
+}  // namespace mamba_ssm::kernels

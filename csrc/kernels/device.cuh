@@ -1,0 +1,326 @@
+// Device vocabulary shared by the CUDA kernels: element types, conversions, activations, vectors.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "types.h"
+
+namespace mamba_ssm::kernels {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+/// True if an optional argument is there.
+template <int kRank>
+__host__ __device__ inline bool given(const View<kRank>& view) {
+  return view.data != nullptr;
+}
+
+/// Type that sums of T run in.
+template <class T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <class T>
+using Accumulate = typename AccumulateType<T>::type;
+
+__device__ __forceinline__ float to_accumulate(float x) { return x; }
+__device__ __forceinline__ double to_accumulate(double x) { return x; }
+__device__ __forceinline__ float to_accumulate(Half x) { return __half2float(x); }
+__device__ __forceinline__ float to_accumulate(BFloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_accumulate(Accumulate<T> x);
+template <>
+__device__ __forceinline__ float from_accumulate<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ double from_accumulate<double>(double x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ Half from_accumulate<Half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ BFloat16 from_accumulate<BFloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+/// One element of a view whose type is known at run time only (parameters, states, indices).
+template <class Acc>
+__device__ __forceinline__ Acc load_as(const void* data, DType dtype, int64_t offset) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<Acc>(static_cast<const float*>(data)[offset]);
+    case DType::kFloat16:
+      return static_cast<Acc>(__half2float(static_cast<const Half*>(data)[offset]));
+    case DType::kBFloat16:
+      return static_cast<Acc>(__bfloat162float(static_cast<const BFloat16*>(data)[offset]));
+    case DType::kFloat64:
+      return static_cast<Acc>(static_cast<const double*>(data)[offset]);
+    case DType::kInt32:
+      return static_cast<Acc>(static_cast<const int32_t*>(data)[offset]);
+    case DType::kInt64:
+      return static_cast<Acc>(static_cast<const int64_t*>(data)[offset]);
+  }
+  return Acc(0);
+}
+
+template <class Acc>
+__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t offset, Acc value) {
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(data)[offset] = static_cast<float>(value);
+      return;
+    case DType::kFloat16:
+      static_cast<Half*>(data)[offset] = __float2half_rn(static_cast<float>(value));
+      return;
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(data)[offset] = __float2bfloat16_rn(static_cast<float>(value));
+      return;
+    case DType::kFloat64:
+      static_cast<double*>(data)[offset] = static_cast<double>(value);
+      return;
+    default:
+      return;  // integers are never written
+  }
+}
+
+// Fast float32 functions (MUFU) with ~1e-7 relative error; the double overloads are libm's.
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double fast_exp2(double x) { return exp2(x); }
+
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+
+__device__ __forceinline__ float sigmoid(float x) {
+  return fast_rcp(1.0f + fast_exp2(-x * kLog2E));
+}
+__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+template <class Acc>
+__device__ __forceinline__ Acc silu(Acc x) {
+  return x * sigmoid(x);
+}
+
+/// d silu / dx = s (1 + x (1 - s)) with s = sigmoid(x).
+template <class Acc>
+__device__ __forceinline__ Acc silu_gradient(Acc x) {
+  const Acc s = sigmoid(x);
+  return s * (Acc(1) + x * (Acc(1) - s));
+}
+
+/// 16 bytes of T in a register quad: `kSize` elements moved by one instruction.
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  T element[kSize];
+};
+
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* p) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  Vector<T> v;
+  *reinterpret_cast<uint4*>(&v) = raw;
+  return v;
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, const Vector<T>& v) {
+  *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
+}
+
+/// `kSize` elements of T side by side in memory, moved by one instruction and kept as they are until
+/// they are read.
+template <class T, int kSize>
+struct alignas(kSize * sizeof(T)) Pack {
+  using Word = std::conditional_t<kSize * sizeof(T) == 2, uint16_t, uint32_t>;
+  static constexpr int kWords = kSize * sizeof(T) / sizeof(Word);
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  Word word[kWords];
+
+  /// Aligned to the whole pack.
+  __device__ __forceinline__ void load(const T* p) {
+    if constexpr (kWords == 1) {
+      word[0] = *reinterpret_cast<const Word*>(p);
+    } else if constexpr (kWords == 2) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(p);
+      word[0] = raw.x;
+      word[1] = raw.y;
+    } else {
+      const uint4 raw = *reinterpret_cast<const uint4*>(p);
+      word[0] = raw.x;
+      word[1] = raw.y;
+      word[2] = raw.z;
+      word[3] = raw.w;
+    }
+  }
+
+  __device__ __forceinline__ void store(T* p) const {
+    if constexpr (kWords == 1) {
+      *reinterpret_cast<Word*>(p) = word[0];
+    } else if constexpr (kWords == 2) {
+      *reinterpret_cast<uint2*>(p) = make_uint2(word[0], word[1]);
+    } else {
+      *reinterpret_cast<uint4*>(p) = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+
+  __device__ __forceinline__ Accumulate<T> operator[](int i) const {
+    if constexpr (sizeof(T) == 8) {
+      return __hiloint2double(word[2 * i + 1], word[2 * i]);
+    } else if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(word[i]);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      const uint32_t bits = word[i / 2];
+      return __uint_as_float(i % 2 ? bits & 0xffff0000u : bits << 16);
+    } else {
+      const uint32_t bits = word[i / 2];
+      return __half2float(__ushort_as_half(static_cast<uint16_t>(i % 2 ? bits >> 16 : bits)));
+    }
+  }
+
+  /// Rounds; 16-bit types in pairs, one instruction for two.
+  __device__ __forceinline__ void round(const Accumulate<T> (&x)[kSize]) {
+    if constexpr (sizeof(T) == 2 && kSize > 1) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        if constexpr (std::is_same_v<T, Half>) {
+          const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+          word[i] = *reinterpret_cast<const uint32_t*>(&pair);
+        } else {
+          const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+          word[i] = *reinterpret_cast<const uint32_t*>(&pair);
+        }
+      }
+    } else {
+      T rounded[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) rounded[i] = from_accumulate<T>(x[i]);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) word[i] = reinterpret_cast<const Word*>(rounded)[i];
+    }
+  }
+};
+
+// Asynchronous copies to shared memory (before sm_80, and of less than 4 bytes: ordinary ones). A
+// thread commits its copies in groups and waits for groups in the order of their commits; others
+// see what it copied after a barrier.
+
+/// Copies a pack, or zeros without reading if `there` is false.
+template <class T, int kSize>
+__device__ __forceinline__ void copy_async(Pack<T, kSize>* shared, const T* global,
+                                           bool there = true) {
+#if __CUDA_ARCH__ >= 800
+  constexpr int kBytes = sizeof(Pack<T, kSize>);
+  if constexpr (kBytes >= 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+                 "l"(global), "n"(kBytes), "r"(there ? kBytes : 0)
+                 : "memory");
+    return;
+  }
+#endif
+  if (there) {
+    shared->load(global);
+  } else {
+    *shared = {};
+  }
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/// Waits until at most kPending groups of this thread are still on their way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+/// Elements of a parameter as they stand in memory: their conversion waits until they are needed,
+/// so that the loads of several parameters are in flight together.
+template <class Acc, int kSize>
+struct ParameterBits {
+  using Word = std::conditional_t<std::is_same_v<Acc, double>, uint64_t, uint32_t>;
+  Word word[kSize];
+
+  /// word[i] = the element at offset(i)
+  template <class Offset>
+  __device__ __forceinline__ void load(const void* data, DType dtype, Offset offset) {
+    if (dtype == DType::kFloat32) {
+      load_words<uint32_t>(data, offset);
+    } else if (std::is_same_v<Acc, double> && dtype == DType::kFloat64) {
+      load_words<Word>(data, offset);
+    } else {
+      load_words<uint16_t>(data, offset);
+    }
+  }
+
+  template <class Source, class Offset>
+  __device__ __forceinline__ void load_words(const void* data, Offset offset) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) word[i] = static_cast<const Source*>(data)[offset(i)];
+  }
+
+  __device__ __forceinline__ Acc value(DType dtype, int i) const {
+    if constexpr (std::is_same_v<Acc, double>) {
+      if (dtype == DType::kFloat64) return __longlong_as_double(word[i]);
+    }
+    const uint32_t bits = static_cast<uint32_t>(word[i]);
+    if (dtype == DType::kFloat16) return __half2float(__ushort_as_half(bits));
+    return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
+  }
+};
+
+/// True if `data` and all given strides (in elements of T) allow 16-byte vectors.
+template <class T, class... Strides>
+inline bool allows_vectors(const void* data, Strides... strides) {
+  constexpr int64_t kSize = 16 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ((strides % kSize == 0) && ...);
+}
+
+/// Multiprocessors of the current device: what a launch has to fill.
+inline int multiprocessor_count() {
+  int device = 0;
+  int count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+}
+
+}  // namespace mamba_ssm::kernels

@@ -1,0 +1,41 @@
+// The CUDA launchers, one per op, direction and element type T.
+//
+// X_fwd.cu and X_bwd.cu define these templates and are compiled once per T: the build sets
+// MAMBA_SSM_ELEMENT, and the file ends by instantiating its launcher for it.
+#pragma once
+
+#include "causal_conv1d.h"
+#include "device.cuh"
+#include "selective_scan.h"
+#include "selective_state_update.h"
+
+namespace mamba_ssm::kernels {
+
+template <class T>
+CudaStatus launch_causal_conv1d_fwd(const CausalConv1dParams& p, CudaStream stream);
+template <class T>
+size_t workspace_causal_conv1d_bwd(const CausalConv1dParams& p);
+template <class T>
+CudaStatus launch_causal_conv1d_bwd(const CausalConv1dParams& p, void* workspace,
+                                    CudaStream stream);
+template <class T>
+CudaStatus launch_causal_conv1d_update(const CausalConv1dUpdateParams& p, CudaStream stream);
+template <class T>
+CudaStatus launch_causal_conv1d_varlen_states(const CausalConv1dVarlenStatesParams& p,
+                                              CudaStream stream);
+
+template <class T>
+size_t workspace_selective_scan_fwd(const SelectiveScanParams& p);
+template <class T>
+CudaStatus launch_selective_scan_fwd(const SelectiveScanParams& p, void* workspace,
+                                     CudaStream stream);
+template <class T>
+size_t workspace_selective_scan_bwd(const SelectiveScanParams& p);
+template <class T>
+CudaStatus launch_selective_scan_bwd(const SelectiveScanParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
+CudaStatus launch_selective_state_update(const SelectiveStateUpdateParams& p, CudaStream stream);
+
+}  // namespace mamba_ssm::kernels

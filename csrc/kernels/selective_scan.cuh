@@ -1,0 +1,732 @@
+// What the CUDA kernels of the selective scan share: how channels are laid over lanes, how tokens
+// and matrices are staged, how rows are cut into segments.
+//
+// Shared path (real A, B and C per time; activations of at most 32 bits). B_t and C_t serve every
+// channel of a group, so a block walks the sequence with the channels of a few warps and stages B
+// and C once for all of them.
+//
+//   warp   8 channels (rows); lane = 4 * row + quarter
+//   lane   4 of the 16 states of a state block: 4 * quarter + i; larger dstate: block after block
+//   tile   32 tokens. Before the walk over a tile, and after it, lane = (row, 8 tokens): what is
+//          pointwise in time is computed once per token and moves as 16-byte vectors. Between the
+//          two views, values lie in planes (row, token) in shared memory, private to the warp.
+//
+// Segments. Where few rows have to fill the GPU, rows are cut in time. The recurrence
+// h_t = a_t h_{t-1} + b_t is linear: over a segment it is h -> decay h + end, with `end` the
+// outcome from h = 0 and decay = exp(A sum dt). A first kernel finds (sum dt, end) per segment, and
+// the main kernel composes those of the segments before its own. Backward: the same in reverse time
+// with the state's gradient, carry_{t-1} = a_t (carry_t + dy_t C_t).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <mamba_ssm/limits.h>
+
+#include "device.cuh"
+#include "packed_sequences.h"
+#include "selective_scan.h"
+
+namespace mamba_ssm::kernels {
+
+constexpr float kSoftplusThreshold = 20;
+
+/// log1p(exp(x)) up to the threshold, x above: max(x, 0) + log1p(e) with e = exp(-|x|), and a
+/// minimax polynomial of log1p(e) / e on [0, 1] (relative error 3e-8), because log2(1 + e) loses
+/// the digits of a small e.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = fast_exp2(-fabsf(x) * kLog2E);
+  float q = 0.0052326931f;
+  q = fmaf(q, e, -0.029505240f);
+  q = fmaf(q, e, 0.078225955f);
+  q = fmaf(q, e, -0.13663246f);
+  q = fmaf(q, e, 0.19106007f);
+  q = fmaf(q, e, -0.24842982f);
+  q = fmaf(q, e, 0.33319098f);
+  q = fmaf(q, e, -0.49999493f);
+  q = fmaf(q, e, 0.99999994f);
+  const float y = fmaf(q, e, fmaxf(x, 0.0f));
+  return x > kSoftplusThreshold ? x : y;
+}
+__device__ __forceinline__ double softplus(double x) {
+  return x > kSoftplusThreshold ? x : log1p(exp(x));
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc softplus_gradient(Acc x) {
+  return x > kSoftplusThreshold ? Acc(1) : sigmoid(x);
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- Layout of the shared path -----------------------------------------------------------------
+
+constexpr int kTile = 32;  // tokens
+static_assert(kTile == kSelectiveScanChunk && kTile == kWarpSize);
+constexpr int kStateBlock = 16;
+constexpr int kQuarters = 4;                         // lanes of a row
+constexpr int kStates = kStateBlock / kQuarters;     // of a lane
+constexpr int kRows = kWarpSize / kQuarters;         // channels of a warp
+constexpr int kTokens = kTile / kQuarters;           // of a lane, in pointwise work
+constexpr int kPitch = kTile + 4;                    // rows of a plane fall into different banks
+constexpr int kPlane = kRows * kPitch;               // floats
+
+/// Which tensors move as 16-byte vectors.
+enum VectorBit : unsigned {
+  kVectorU = 1,
+  kVectorDelta = 2,
+  kVectorZ = 4,
+  kVectorOut = 8,
+  kVectorDout = 16,
+  kVectorDu = 32,
+  kVectorDdelta = 64,
+  kVectorDz = 128,
+};
+
+template <class T>
+unsigned vector_bit(const View<3>& v, VectorBit bit) {
+  return v.stride[2] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1]) ? bit : 0;
+}
+
+/// How a call of the shared path is cut into blocks. Sizes and positions fit 32 bits there
+/// (takes_shared_path), products with strides do not.
+struct ScanPlan {
+  int groups;          // of B and C
+  int group_channels;  // dim / groups
+  int tiles;           // channel tiles per group, one block each
+  int segments;        // per row, at least 1
+  int segment_length;  // tokens, a multiple of kTile
+  int state_blocks;
+  unsigned vectors;  // VectorBits
+};
+
+/// What a block works on.
+struct ScanPlace {
+  int b, group, tile, segment;
+  int begin, end;   // tokens
+  int channel;      // first of the block
+  int channel_end;  // of the group
+  int segment_row;  // b * segments + segment
+};
+
+__device__ inline ScanPlace scan_place(const SelectiveScanParams& p, const ScanPlan& plan,
+                                       int channels_per_block, int first_segment, int segments) {
+  ScanPlace place;
+  unsigned item = blockIdx.x;
+  place.tile = item % plan.tiles;
+  item /= plan.tiles;
+  place.group = item % plan.groups;
+  item /= plan.groups;
+  place.segment = first_segment + item % segments;
+  place.b = item / segments;
+  place.begin = place.segment * plan.segment_length;
+  place.end = min(static_cast<int>(p.seqlen), place.begin + plan.segment_length);
+  place.channel = place.group * plan.group_channels + place.tile * channels_per_block;
+  place.channel_end = (place.group + 1) * plan.group_channels;
+  place.segment_row = place.b * plan.segments + place.segment;
+  return place;
+}
+
+// ---- Tokens ------------------------------------------------------------------------------------
+
+/// kTokens neighboring tokens of one row, in registers as they stand in memory.
+template <class T>
+struct Tokens {
+  static constexpr int kSize = 16 / sizeof(T);
+  Pack<T, kSize> pack[kTokens / kSize];
+
+  __device__ __forceinline__ float operator[](int i) const { return pack[i / kSize][i % kSize]; }
+
+  __device__ __forceinline__ void round(const float (&x)[kTokens]) {
+#pragma unroll
+    for (int i = 0; i < kTokens; i += kSize) {
+      float part[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) part[j] = x[i + j];
+      pack[i / kSize].round(part);
+    }
+  }
+};
+
+/// Tokens t .. t + kTokens - 1 of row (b, c); zero from `end` on.
+template <class T>
+__device__ __forceinline__ Tokens<T> load_tokens(const View<3>& v, bool vectors, int64_t b,
+                                                 int64_t c, int t, int end) {
+  const T* data = static_cast<const T*>(v.data) + b * v.stride[0] + c * v.stride[1];
+  Tokens<T> tokens;
+  if (vectors && t + kTokens <= end) {
+#pragma unroll
+    for (int i = 0; i < kTokens; i += Tokens<T>::kSize) {
+      tokens.pack[i / Tokens<T>::kSize].load(data + t + i);
+    }
+  } else {
+    float x[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      x[i] = t + i < end ? to_accumulate(data[int64_t{t + i} * v.stride[2]]) : 0.0f;
+    }
+    tokens.round(x);  // exact
+  }
+  return tokens;
+}
+
+template <class T>
+__device__ __forceinline__ void store_tokens(const View<3>& v, bool vectors, int64_t b, int64_t c,
+                                             int t, int end, const float (&x)[kTokens]) {
+  T* data = static_cast<T*>(v.data) + b * v.stride[0] + c * v.stride[1];
+  if (vectors && t + kTokens <= end) {
+    Tokens<T> tokens;
+    tokens.round(x);
+#pragma unroll
+    for (int i = 0; i < kTokens; i += Tokens<T>::kSize) {
+      tokens.pack[i / Tokens<T>::kSize].store(data + t + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (t + i < end) data[int64_t{t + i} * v.stride[2]] = from_accumulate<T>(x[i]);
+    }
+  }
+}
+
+__device__ __forceinline__ float4* plane_row(float* plane, int row) {
+  return reinterpret_cast<float4*>(plane + row * kPitch);
+}
+
+/// A lane's kTokens floats of a plane.
+__device__ __forceinline__ void read_plane(float* plane, int row, int part,
+                                           float (&x)[kTokens]) {
+  const float4* source = plane_row(plane, row) + part * (kTokens / 4);
+#pragma unroll
+  for (int i = 0; i < kTokens / 4; ++i) {
+    const float4 four = source[i];
+    x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+  }
+}
+__device__ __forceinline__ void write_plane(float* plane, int row, int part,
+                                            const float (&x)[kTokens]) {
+  float4* target = plane_row(plane, row) + part * (kTokens / 4);
+#pragma unroll
+  for (int i = 0; i < kTokens / 4; ++i) {
+    target[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+  }
+}
+
+/// Marks of a tile, a bit per token. What lies at or behind `end` counts as padding.
+struct TileMarks {
+  unsigned resets, padding;
+};
+
+template <bool kPacked>
+__device__ __forceinline__ TileMarks tile_marks(const SelectiveScanParams& p, int64_t b,
+                                                int begin, int end) {
+  const int t = begin + threadIdx.x % kWarpSize;
+  if constexpr (kPacked) {
+    const uint8_t mark = t < end ? p.marks[b * p.seqlen + t] : uint8_t{kPadding};
+    return {__ballot_sync(kAllLanes, mark == kReset), __ballot_sync(kAllLanes, mark == kPadding)};
+  } else {
+    return {0, __ballot_sync(kAllLanes, t >= end)};
+  }
+}
+
+/// Steps of a lane's tokens: dt = delta + bias, through softplus if asked for.
+template <class T>
+__device__ __forceinline__ void time_steps(const Tokens<T>& delta, float bias, bool through_softplus,
+                                           float (&dt)[kTokens]) {
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) dt[j] = delta[j] + bias;
+  if (through_softplus) {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) dt[j] = softplus(dt[j]);
+  }
+}
+
+/// x = 0 where bit j of the lane's part of `mask` is set, whatever stands there.
+__device__ __forceinline__ void clear_tokens(unsigned mask, int part, float (&x)[kTokens]) {
+  if (mask == 0) return;
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    if (mask >> (part * kTokens + j) & 1) x[j] = 0;
+  }
+}
+
+/// Element c of an optional parameter; 0 if absent.
+template <class Acc>
+__device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
+  return given(v) ? load_as<Acc>(v.data, v.dtype, c * v.stride[0]) : Acc(0);
+}
+
+// ---- Matrices and states -----------------------------------------------------------------------
+
+/// A matrix, or B and C side by side, for one tile and state block, on the way from global to shared
+/// memory: an item is one token and four neighboring states, a thread carries kItems.
+template <class T, int kCount, int kThreads>
+struct MatrixStage {
+  static constexpr int kItems = kCount * kTile * kQuarters / kThreads;
+  static_assert(kItems * kThreads == kCount * kTile * kQuarters && (kCount == 1 || kCount == 2));
+  Pack<T, kStates> item[kItems];
+
+  static __device__ __forceinline__ int token() { return threadIdx.x % kTile; }
+  /// matrix * kQuarters + quarter
+  static __device__ __forceinline__ int quad(int i) {
+    return threadIdx.x / kTile + i * (kThreads / kTile);
+  }
+
+  /// Zero at padding, whatever stands there.
+  __device__ __forceinline__ void load(const View<4>& first, const View<4>& second,
+                                       const SelectiveScanParams& p, int64_t b, int64_t group,
+                                       int begin, int block, unsigned padding) {
+    const bool real = (padding >> token() & 1) == 0;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const bool is_first = kCount == 1 || quad(i) < kQuarters;
+      const auto stride = [&](int k) { return is_first ? first.stride[k] : second.stride[k]; };
+      const int n = block * kStateBlock + quad(i) % kQuarters * kStates;
+      const T* data = static_cast<const T*>(is_first ? first.data : second.data) + b * stride(0) +
+                      group * stride(1) + n * stride(2) + int64_t{begin + token()} * stride(3);
+      float x[kStates];
+#pragma unroll
+      for (int j = 0; j < kStates; ++j) {
+        x[j] = real && n + j < p.dstate ? to_accumulate(data[j * stride(2)]) : 0.0f;
+      }
+      item[i].round(x);  // exact
+    }
+  }
+
+  __device__ __forceinline__ float4 value(int i) const {
+    return make_float4(item[i][0], item[i][1], item[i][2], item[i][3]);
+  }
+};
+
+/// The four states n .. n + 3 of a row of a dense (rows, dstate) array of floats.
+struct StateSlot {
+  int64_t offset;
+  int count;  // of the four that exist; none for a channel that does not
+  bool vectors;
+
+  __device__ __forceinline__ StateSlot(int64_t row, int n, int64_t dstate, bool exists)
+      : offset(row * dstate + n),
+        count(exists ? max(0, min(static_cast<int>(dstate) - n, kStates)) : 0),
+        vectors(dstate % kStates == 0) {}
+
+  __device__ __forceinline__ bool is_vector(const float* data) const {
+    return vectors && count == kStates && reinterpret_cast<uintptr_t>(data) % sizeof(float4) == 0;
+  }
+  __device__ __forceinline__ void load(const float* data, float (&x)[kStates]) const {
+    if (is_vector(data)) {
+      const float4 four = *reinterpret_cast<const float4*>(data + offset);
+      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) x[i] = i < count ? data[offset + i] : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void store(float* data, const float (&x)[kStates]) const {
+    if (is_vector(data)) {
+      *reinterpret_cast<float4*>(data + offset) = make_float4(x[0], x[1], x[2], x[3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) {
+        if (i < count) data[offset + i] = x[i];
+      }
+    }
+  }
+};
+
+/// log2(e) A of four states of channel c, so that exp(dt A) is one exp2; 0 where there is no state.
+__device__ __forceinline__ void load_decay_rates(const View<2>& A, int64_t c, int n, int count,
+                                                 float* rate) {
+#pragma unroll 1  // once per row; the switch over types is long
+  for (int i = 0; i < kStates; ++i) {
+    rate[i] = i < count ? kLog2E * load_as<float>(A.data, A.dtype,
+                                                  c * A.stride[0] + (n + i) * A.stride[1])
+                        : 0.0f;
+  }
+}
+
+/// Four states of a tensor (batch, dim, dstate) of any strides and type; 0 without the tensor.
+__device__ __forceinline__ void load_states(const View<3>& v, int64_t b, int64_t c, int n,
+                                            int count, float* x) {
+#pragma unroll 1
+  for (int i = 0; i < kStates; ++i) {
+    x[i] = given(v) && i < count
+               ? load_as<float>(v.data, v.dtype,
+                                b * v.stride[0] + c * v.stride[1] + (n + i) * v.stride[2])
+               : 0.0f;
+  }
+}
+__device__ __forceinline__ void store_states(const View<3>& v, int64_t b, int64_t c, int n,
+                                             int count, const float* x) {
+#pragma unroll 1
+  for (int i = 0; i < kStates; ++i) {
+    if (i < count) {
+      store_as(v.data, v.dtype, b * v.stride[0] + c * v.stride[1] + (n + i) * v.stride[2], x[i]);
+    }
+  }
+}
+
+__device__ __forceinline__ void unpack(const float4& v, float (&x)[4]) {
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+// ---- Segments ----------------------------------------------------------------------------------
+
+/// What each segment does to the state that enters it.
+struct SegmentSums {
+  float* end;       // (batch, segments, dim, dstate)
+  float* step_sum;  // (batch, segments, dim); NaN if a reset lets nothing through
+};
+
+/// x = decay x + end of one segment, for four states of channel c.
+__device__ __forceinline__ void pass_segment(const SegmentSums& sums, int64_t segment_row,
+                                             int64_t dim, int64_t dstate, int64_t c, int n,
+                                             const float (&rate)[kStates], float (&x)[kStates]) {
+  const StateSlot slot(segment_row * dim + c, n, dstate, true);
+  float end[kStates];
+  slot.load(sums.end, end);
+  const float step_sum = sums.step_sum[segment_row * dim + c];
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) {
+    const bool gone = x[i] == 0 || isnan(step_sum);  // 0 stays 0 beside a decay that overflows
+    x[i] = gone ? end[i] : fmaf(fast_exp2(step_sum * rate[i]), x[i], end[i]);
+  }
+}
+
+constexpr int kSegmentWarps = 4;
+constexpr int kSegmentThreads = kSegmentWarps * kWarpSize;
+constexpr int kSegmentPitch = kQuarters + 1;  // float4 per token of the matrix: no bank conflicts
+
+inline size_t segment_kernel_shared(const ScanPlan& plan) {
+  return sizeof(float4) * (kTile * kSegmentPitch + 2 * plan.state_blocks * kSegmentThreads) +
+         sizeof(float) * 2 * kSegmentWarps * kPlane;
+}
+
+/// SegmentSums of all segments but the last (forward) or the first (kReverse).
+template <class T, bool kPacked, bool kReverse>
+__global__ void __launch_bounds__(kSegmentThreads)
+    scan_segments(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums sums) {
+  extern __shared__ float4 shared[];
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane / kQuarters;
+  const int part = lane % kQuarters;  // quarter of a state block, or 8 tokens of a tile
+  float4* const matrix = shared;                           // (kTile, kSegmentPitch)
+  float4* const states = matrix + kTile * kSegmentPitch;   // (state_blocks, threads)
+  float4* const rates = states + plan.state_blocks * kSegmentThreads;
+  float* const steps = reinterpret_cast<float*>(rates + plan.state_blocks * kSegmentThreads) +
+                       threadIdx.x / kWarpSize * 2 * kPlane;
+  float* const inputs = steps + kPlane;
+
+  const ScanPlace place =
+      scan_place(p, plan, kSegmentWarps * kRows, kReverse ? 1 : 0, plan.segments - 1);
+  const int c = place.channel + threadIdx.x / kWarpSize * kRows + row;
+  const bool exists = c < place.channel_end;
+  const float bias = exists ? parameter<float>(p.delta_bias, c) : 0.0f;
+  const View<4>& view = kReverse ? p.C : p.B;
+
+  for (int block = 0; block < plan.state_blocks; ++block) {
+    const int n = block * kStateBlock + part * kStates;
+    const StateSlot slot(0, n, p.dstate, exists);
+    load_decay_rates(p.A, c, n, slot.count,
+                     reinterpret_cast<float*>(rates + block * kSegmentThreads + threadIdx.x));
+    states[block * kSegmentThreads + threadIdx.x] = make_float4(0, 0, 0, 0);
+  }
+
+  float step_sum = 0;
+  const int count = (place.end - place.begin + kTile - 1) / kTile;
+  for (int i = 0; i < count; ++i) {
+    const int begin = place.begin + (kReverse ? count - 1 - i : i) * kTile;
+    const TileMarks marks = tile_marks<kPacked>(p, place.b, begin, place.end);
+    const int t = begin + part * kTokens;
+    const int end = exists ? place.end : 0;
+    const Tokens<T> delta =
+        load_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, t, end);
+    const Tokens<T> input =
+        kReverse ? load_tokens<T>(p.dout, plan.vectors & kVectorDout, place.b, c, t, end)
+                 : load_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, t, end);
+    float dt[kTokens], x[kTokens];  // x = dt u, or dy
+    time_steps(delta, bias, p.delta_softplus, dt);
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) x[j] = kReverse ? input[j] : dt[j] * input[j];
+    if (kReverse && given(p.z)) {
+      const Tokens<T> z = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) x[j] *= silu(z[j]);
+    }
+    clear_tokens(marks.padding, part, dt);
+    clear_tokens(marks.padding, part, x);
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) step_sum += dt[j];
+    if (kPacked && marks.resets != 0) step_sum = NAN;
+    write_plane(steps, row, part, dt);
+    write_plane(inputs, row, part, x);
+
+    for (int block = 0; block < plan.state_blocks; ++block) {
+      MatrixStage<T, 1, kSegmentThreads> stage;
+      stage.load(view, view, p, place.b, place.group, begin, block, marks.padding);
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < stage.kItems; ++j) {
+        matrix[stage.token() * kSegmentPitch + stage.quad(j)] = stage.value(j);
+      }
+      __syncthreads();
+      float rate[kStates], h[kStates];
+      unpack(rates[block * kSegmentThreads + threadIdx.x], rate);
+      unpack(states[block * kSegmentThreads + threadIdx.x], h);
+#pragma unroll 2
+      for (int m = 0; m < kTile / 4; ++m) {
+        const int four = kReverse ? kTile / 4 - 1 - m : m;
+        float step[4], in[4];
+        unpack(plane_row(steps, row)[four], step);
+        unpack(plane_row(inputs, row)[four], in);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int j = kReverse ? 3 - k : k;
+          float M[kStates];
+          unpack(matrix[(4 * four + j) * kSegmentPitch + part], M);
+          const bool reset = kPacked && (marks.resets >> (4 * four + j) & 1);
+#pragma unroll
+          for (int s = 0; s < kStates; ++s) {
+            const float a = fast_exp2(step[j] * rate[s]);
+            if constexpr (kReverse) {
+              h[s] = reset ? 0.0f : a * fmaf(in[j], M[s], h[s]);
+            } else {
+              h[s] = fmaf(a, reset ? 0.0f : h[s], in[j] * M[s]);
+            }
+          }
+        }
+      }
+      states[block * kSegmentThreads + threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
+    }
+    __syncwarp();
+  }
+
+  step_sum += __shfl_xor_sync(kAllLanes, step_sum, 1);
+  step_sum += __shfl_xor_sync(kAllLanes, step_sum, 2);
+  if (exists && part == 0) sums.step_sum[int64_t{place.segment_row} * p.dim + c] = step_sum;
+  for (int block = 0; block < plan.state_blocks; ++block) {
+    const StateSlot slot(int64_t{place.segment_row} * p.dim + c, block * kStateBlock + part * kStates,
+                         p.dstate, exists);
+    float h[kStates];
+    unpack(states[block * kSegmentThreads + threadIdx.x], h);
+    slot.store(sums.end, h);
+  }
+}
+
+// ---- Generic path ------------------------------------------------------------------------------
+//
+// Any call: complex A, constant B or C, float64, a group per channel, any dstate. `lanes` lanes of a
+// warp share a channel, a lane owns every lanes-th state; tiles and planes as in the shared path,
+// but lane = token in what is pointwise in time, and one plane row per channel of the warp.
+
+constexpr int kGenericWarps = 4;
+constexpr int kGenericMinLanes = 8;
+constexpr int kGenericRows = kWarpSize / kGenericMinLanes;  // channels of a warp at most
+constexpr int kGenericPitch = kTile + 1;
+
+template <class Acc>
+struct Complex {
+  Acc re, im;
+};
+
+template <class Acc, bool kComplex>
+using Number = std::conditional_t<kComplex, Complex<Acc>, Acc>;
+
+template <class Acc>
+__device__ __forceinline__ Complex<Acc> operator+(Complex<Acc> a, Complex<Acc> b) {
+  return {a.re + b.re, a.im + b.im};
+}
+template <class Acc>
+__device__ __forceinline__ Complex<Acc> operator*(Complex<Acc> a, Complex<Acc> b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+template <class Acc>
+__device__ __forceinline__ Complex<Acc> operator*(Acc a, Complex<Acc> b) {
+  return {a * b.re, a * b.im};
+}
+
+__device__ __forceinline__ float conjugate(float x) { return x; }
+__device__ __forceinline__ double conjugate(double x) { return x; }
+template <class Acc>
+__device__ __forceinline__ Complex<Acc> conjugate(Complex<Acc> x) {
+  return {x.re, -x.im};
+}
+
+__device__ __forceinline__ float real_part(float x) { return x; }
+__device__ __forceinline__ double real_part(double x) { return x; }
+template <class Acc>
+__device__ __forceinline__ Acc real_part(Complex<Acc> x) {
+  return x.re;
+}
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+template <class Acc>
+__device__ __forceinline__ Complex<Acc> exponential(Complex<Acc> x) {
+  Acc sine, cosine;
+  if constexpr (std::is_same_v<Acc, double>) {
+    sincos(x.im, &sine, &cosine);
+  } else {
+    sincosf(x.im, &sine, &cosine);
+  }
+  return exponential(x.re) * Complex<Acc>{cosine, sine};
+}
+
+__device__ __forceinline__ float shuffle_xor(float x, int distance) {
+  return __shfl_xor_sync(kAllLanes, x, distance);
+}
+__device__ __forceinline__ double shuffle_xor(double x, int distance) {
+  return __shfl_xor_sync(kAllLanes, x, distance);
+}
+template <class Acc>
+__device__ __forceinline__ Complex<Acc> shuffle_xor(Complex<Acc> x, int distance) {
+  return {shuffle_xor(x.re, distance), shuffle_xor(x.im, distance)};
+}
+
+/// Sum over the lanes whose index differs in the bits from `first` up to, not including, `last`.
+template <class N>
+__device__ __forceinline__ N sum_over_lanes(N x, int first, int last) {
+  for (int distance = first; distance < last; distance *= 2) x = x + shuffle_xor(x, distance);
+  return x;
+}
+
+/// The element at `offset` of a view, whose imaginary part stands view.imag further on.
+template <class N, int kRank>
+__device__ __forceinline__ N load_number(const View<kRank>& v, int64_t offset) {
+  if constexpr (std::is_arithmetic_v<N>) {
+    return load_as<N>(v.data, v.dtype, offset);
+  } else {
+    using Acc = decltype(N::re);
+    return {load_as<Acc>(v.data, v.dtype, offset), load_as<Acc>(v.data, v.dtype, offset + v.imag)};
+  }
+}
+template <class N, int kRank>
+__device__ __forceinline__ void store_number(const View<kRank>& v, int64_t offset, N x) {
+  if constexpr (std::is_arithmetic_v<N>) {
+    store_as(v.data, v.dtype, offset, x);
+  } else {
+    store_as(v.data, v.dtype, offset, x.re);
+    store_as(v.data, v.dtype, offset + v.imag, x.im);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Accumulate<T> load_token(const View<3>& v, int64_t b, int64_t c,
+                                                    int64_t t) {
+  return to_accumulate(
+      static_cast<const T*>(v.data)[b * v.stride[0] + c * v.stride[1] + t * v.stride[2]]);
+}
+template <class T>
+__device__ __forceinline__ void store_token(const View<3>& v, int64_t b, int64_t c, int64_t t,
+                                            Accumulate<T> x) {
+  static_cast<T*>(v.data)[b * v.stride[0] + c * v.stride[1] + t * v.stride[2]] =
+      from_accumulate<T>(x);
+}
+
+/// B or C as one lane reads it: its channel's row of states at one token.
+template <class N>
+struct MatrixRow {
+  const View<4>& v;
+  int64_t base;
+
+  __device__ MatrixRow(const View<4>& v, int64_t groups, int64_t dim, int64_t b, int64_t c)
+      : v(v), base(b * v.stride[0] + c / (dim / groups) * v.stride[1]) {}
+  __device__ N operator()(int64_t n, int64_t t) const {
+    return load_number<N>(v, base + n * v.stride[2] + t * v.stride[3]);
+  }
+};
+
+/// Lanes of a channel: a power of two.
+inline int generic_lanes(int64_t dstate) {
+  int lanes = kGenericMinLanes;
+  while (lanes < kWarpSize && lanes < dstate) lanes *= 2;
+  return lanes;
+}
+
+// ---- Host: is a call of the shared path, and how is it cut --------------------------------------
+
+constexpr int64_t kMaxSharedStates = 256;  // the state of a row lives in shared memory
+constexpr int64_t kMaxSize = int64_t{1} << 30;
+constexpr int64_t kMinGroupChannels = 4;   // with fewer, most rows of a warp would be empty
+
+/// True if the shared path takes a call; the generic kernels take every other one.
+template <class T>
+bool takes_shared_path(const SelectiveScanParams& p) {
+  return sizeof(T) <= 4 && !p.complex_A && !p.constant_B && !p.constant_C &&
+         p.groups_B == p.groups_C && p.dstate <= kMaxSharedStates && p.groups_B > 0 &&
+         p.dim / p.groups_B >= kMinGroupChannels && p.batch > 0 && p.batch <= kMaxSize &&
+         p.dim <= kMaxSize && p.seqlen <= kMaxSize;
+}
+
+/// Cuts a call into blocks of `warps`, `depth` channels per lane; into segments where the rows give fewer than `enough_warps`
+/// warps per multiprocessor, `wanted_warps` then, of at least `min_segment` tokens.
+inline ScanPlan plan_scan(const SelectiveScanParams& p, int warps, int depth, int64_t enough_warps,
+                          int64_t wanted_warps, int64_t min_segment) {
+  constexpr int64_t kMaxSegments = 64;  // the main kernel composes them one by one
+  ScanPlan plan{};
+  plan.groups = static_cast<int>(p.groups_B);
+  plan.group_channels = static_cast<int>(p.dim / p.groups_B);
+  plan.tiles = static_cast<int>(ceil_div(plan.group_channels, warps * depth * kRows));
+  plan.state_blocks = static_cast<int>(ceil_div(p.dstate, kStateBlock));
+  const int64_t multiprocessors = multiprocessor_count();
+  const int64_t row_warps = p.batch * plan.groups * plan.tiles * warps;
+  int64_t segments = 1;
+  if (row_warps < enough_warps * multiprocessors) {
+    const int64_t possible = std::min(kMaxSegments, p.seqlen / min_segment);
+    segments = std::clamp<int64_t>(ceil_div(wanted_warps * multiprocessors, row_warps), 1,
+                                   std::max<int64_t>(possible, 1));
+  }
+  const int64_t tiles_of_segment = std::max<int64_t>(1, ceil_div(p.seqlen, segments * kTile));
+  plan.segment_length = static_cast<int>(tiles_of_segment * kTile);
+  plan.segments = static_cast<int>(std::max<int64_t>(1, ceil_div(p.seqlen, plan.segment_length)));
+  return plan;
+}
+
+/// Parts of a workspace, each on a 256-byte boundary; the first pass, without a base, only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class U>
+  U* take(int64_t count) {
+    U* part = reinterpret_cast<U*>(base_ + size_);
+    size_ += ceil_div(count * static_cast<int64_t>(sizeof(U)), 256) * 256;
+    return part;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  char* base_;
+  size_t size_ = 0;
+};
+
+inline SegmentSums take_segment_sums(Workspace& workspace, const SelectiveScanParams& p,
+                                     const ScanPlan& plan) {
+  if (plan.segments == 1) return {};
+  const int64_t rows = p.batch * plan.segments * p.dim;
+  return {workspace.take<float>(rows * p.dstate), workspace.take<float>(rows)};
+}
+
+/// Launches `kernel` with more shared memory than a launch gets unasked, if it takes that.
+template <class... Parameters, class... Arguments>
+void launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  constexpr size_t kUnasked = 48 * 1024;
+  if (bytes > kUnasked) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(bytes));
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
+}
+
+template <class T, bool kReverse>
+void launch_segments(const SelectiveScanParams& p, const ScanPlan& plan, const SegmentSums& sums,
+                     cudaStream_t stream) {
+  ScanPlan own = plan;
+  own.tiles = static_cast<int>(ceil_div(plan.group_channels, kSegmentWarps * kRows));
+  const int64_t blocks = p.batch * (plan.segments - 1) * plan.groups * own.tiles;
+  const auto kernel = p.marks != nullptr ? scan_segments<T, true, kReverse>
+                                         : scan_segments<T, false, kReverse>;
+  launch_shared(kernel, blocks, kSegmentThreads, segment_kernel_shared(own), stream, p, own, sums);
+}
+
+}  // namespace mamba_ssm::kernels

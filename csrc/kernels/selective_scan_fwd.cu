@@ -1,0 +1,400 @@
+// Selective scan, forward.
+//
+// Shared path (selective_scan.cuh): a block walks its channels tile by tile. Per tile: dt and dt u
+// of each token once; the recurrence, 4 states per lane, each lane leaving its share of y in a plane
+// of its own; then y as the sum of the four planes, D u, the gate. B and C of the next tile and the
+// tokens of the next tile are on their way meanwhile.
+#include "launch.cuh"
+#include "selective_scan.cuh"
+
+namespace mamba_ssm::kernels {
+namespace {
+
+#ifndef FWD_WARPS
+#define FWD_WARPS 4
+#endif
+#ifndef FWD_DEPTH
+#define FWD_DEPTH 2
+#endif
+#ifndef FWD_BLOCKS
+#define FWD_BLOCKS 4
+#endif
+#ifndef FWD_ENOUGH
+#define FWD_ENOUGH 6
+#endif
+#ifndef FWD_WANTED
+#define FWD_WANTED 16
+#endif
+constexpr int kWarps = FWD_WARPS;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kMatrixPitch = 2 * kQuarters + 1;  // float4 per token of B and C: no bank conflicts
+
+/// Planes of a warp: dt, dt u and the four shares of y. With one state block, dt and dt u are dead
+/// once read, and two of the shares take their place.
+__host__ __device__ constexpr int planes_per_warp(int state_blocks) {
+  return state_blocks == 1 ? kQuarters : kQuarters + 2;
+}
+
+template <class T, bool kPacked, int kDepth>
+__global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
+    forward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums sums) {
+  extern __shared__ float4 shared[];
+  constexpr int kPlaneSize = kDepth * kPlane;
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane / kQuarters;
+  const int part = lane % kQuarters;  // quarter of a state block, or 8 tokens of a tile
+  float4* const matrices = shared;                             // (2, kTile, kMatrixPitch)
+  float4* const states = matrices + 2 * kTile * kMatrixPitch;  // (state_blocks, kDepth, threads)
+  float4* const rates = states + plan.state_blocks * kDepth * kThreads;  // likewise
+  float* const steps =
+      reinterpret_cast<float*>(rates + plan.state_blocks * kDepth * kThreads) +
+      warp * planes_per_warp(plan.state_blocks) * kPlaneSize;                   // dt
+  float* const inputs = steps + kPlaneSize;                                     // dt u
+  float* const shares = plan.state_blocks == 1 ? steps : inputs + kPlaneSize;   // (kQuarters) of y
+
+  const ScanPlace place = scan_place(p, plan, kWarps * kDepth * kRows, 0, plan.segments);
+  const int c0 = place.channel + warp * (kDepth * kRows) + row;  // and c0 + kRows
+  const auto exists = [&](int d) { return c0 + d * kRows < place.channel_end; };
+  const auto end = [&](int d) { return exists(d) ? place.end : 0; };  // no channel, no tokens
+  float bias[kDepth], D[kDepth];
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+    bias[d] = exists(d) ? parameter<float>(p.delta_bias, c0 + d * kRows) : 0.0f;
+    D[d] = exists(d) ? parameter<float>(p.D, c0 + d * kRows) : 0.0f;
+  }
+  const auto slot_index = [&](int block, int d) {
+    return (block * kDepth + d) * kThreads + threadIdx.x;
+  };
+
+#pragma unroll 1
+  for (int i = 0; i < plan.state_blocks * kDepth; ++i) {
+    const int n = i / kDepth * kStateBlock + part * kStates;
+    const int c = c0 + i % kDepth * kRows;
+    const StateSlot slot(0, n, p.dstate, c < place.channel_end);
+    const int index = slot_index(i / kDepth, i % kDepth);
+    load_decay_rates(p.A, c, n, slot.count, reinterpret_cast<float*>(rates + index));
+    load_states(p.initial_state, place.b, c, n, slot.count,
+                reinterpret_cast<float*>(states + index));
+    if (place.segment > 0 && slot.count > 0) {
+      float rate[kStates], h[kStates];
+      unpack(rates[index], rate);
+      unpack(states[index], h);
+      for (int segment = 0; segment < place.segment; ++segment) {
+        pass_segment(sums, place.segment_row - place.segment + segment, p.dim, p.dstate, c, n,
+                     rate, h);
+      }
+      states[index] = make_float4(h[0], h[1], h[2], h[3]);
+    }
+  }
+
+  Tokens<T> u[kDepth], delta[kDepth], z[kDepth];
+  const auto load_inputs = [&](int begin) {
+    const int t = begin + part * kTokens;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      const int c = c0 + d * kRows;
+      u[d] = load_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, t, end(d));
+      delta[d] = load_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, t, end(d));
+      if (given(p.z)) {
+        z[d] = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end(d));
+      }
+    }
+  };
+  MatrixStage<T, 2, kThreads> stage;
+  TileMarks next_marks = tile_marks<kPacked>(p, place.b, place.begin, place.end);
+  stage.load(p.B, p.C, p, place.b, place.group, place.begin, 0, next_marks.padding);
+  load_inputs(place.begin);
+
+  int buffer = 0;
+  for (int begin = place.begin; begin < place.end; begin += kTile) {
+    const TileMarks marks = next_marks;
+    next_marks = tile_marks<kPacked>(p, place.b, begin + kTile, place.end);
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      float dt[kTokens], x[kTokens];
+      time_steps(delta[d], bias[d], p.delta_softplus, dt);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) x[j] = dt[j] * u[d][j];
+      clear_tokens(marks.padding, part, dt);
+      clear_tokens(marks.padding, part, x);
+      write_plane(steps, row + d * kRows, part, dt);
+      write_plane(inputs, row + d * kRows, part, x);
+    }
+
+    for (int block = 0; block < plan.state_blocks; ++block) {
+      float4* const matrix = matrices + buffer * kTile * kMatrixPitch;
+      buffer ^= 1;
+#pragma unroll
+      for (int i = 0; i < stage.kItems; ++i) {
+        matrix[stage.token() * kMatrixPitch + stage.quad(i)] = stage.value(i);
+      }
+      __syncthreads();  // a buffer is written again two barriers after its last reader passed one
+      const bool last = block + 1 == plan.state_blocks;
+      stage.load(p.B, p.C, p, place.b, place.group, last ? begin + kTile : begin,
+                 last ? 0 : block + 1, last ? next_marks.padding : marks.padding);
+
+      float rate[kDepth][kStates], h[kDepth][kStates];
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+        unpack(rates[slot_index(block, d)], rate[d]);
+        unpack(states[slot_index(block, d)], h[d]);
+      }
+      if (p.states != nullptr) {
+        const int chunks = (static_cast<int>(p.seqlen) + kTile - 1) / kTile;
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          const StateSlot slot(
+              (int64_t{place.b} * chunks + begin / kTile) * p.dim + c0 + d * kRows,
+              block * kStateBlock + part * kStates, p.dstate, exists(d));
+          slot.store(static_cast<float*>(p.states), h[d]);
+        }
+      }
+#pragma unroll 1
+      for (int four = 0; four < kTile / 4; ++four) {
+        float step[kDepth][4], input[kDepth][4], y[kDepth][4];
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          unpack(plane_row(steps, row + d * kRows)[four], step[d]);
+          unpack(plane_row(inputs, row + d * kRows)[four], input[d]);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) y[d][k] = 0;
+          if (block > 0) {
+            unpack(plane_row(shares + part * kPlaneSize, row + d * kRows)[four], y[d]);
+          }
+        }
+        __syncwarp();  // before any lane of the row writes over dt and dt u of these tokens
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int t = 4 * four + k;
+          float B[kStates], C[kStates];
+          unpack(matrix[t * kMatrixPitch + part], B);
+          unpack(matrix[t * kMatrixPitch + kQuarters + part], C);
+          const bool reset = kPacked && (marks.resets >> t & 1);
+#pragma unroll
+          for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+            for (int s = 0; s < kStates; ++s) {
+              const float a = fast_exp2(step[d][k] * rate[d][s]);
+              h[d][s] = fmaf(a, reset ? 0.0f : h[d][s], input[d][k] * B[s]);
+              y[d][k] = fmaf(C[s], h[d][s], y[d][k]);
+            }
+          }
+        }
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          plane_row(shares + part * kPlaneSize, row + d * kRows)[four] =
+              make_float4(y[d][0], y[d][1], y[d][2], y[d][3]);
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+        states[slot_index(block, d)] = make_float4(h[d][0], h[d][1], h[d][2], h[d][3]);
+      }
+    }
+    __syncwarp();
+
+    Tokens<T> tile_u[kDepth], tile_z[kDepth];
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      tile_u[d] = u[d];
+      tile_z[d] = z[d];
+    }
+    if (begin + kTile < place.end) load_inputs(begin + kTile);
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      float y[kTokens];
+      read_plane(shares, row + d * kRows, part, y);
+#pragma unroll
+      for (int quarter = 1; quarter < kQuarters; ++quarter) {
+        float share[kTokens];
+        read_plane(shares + quarter * kPlaneSize, row + d * kRows, part, share);
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) y[j] += share[j];
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) y[j] = fmaf(D[d], tile_u[d][j], y[j]);
+      if (given(p.z)) {
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) y[j] *= silu(tile_z[d][j]);
+      }
+      clear_tokens(marks.padding, part, y);
+      store_tokens<T>(p.out, plan.vectors & kVectorOut, place.b, c0 + d * kRows,
+                      begin + part * kTokens, end(d), y);
+    }
+    __syncwarp();
+  }
+
+  if (place.segment + 1 < plan.segments) return;
+#pragma unroll 1
+  for (int i = 0; i < plan.state_blocks * kDepth; ++i) {
+    const int n = i / kDepth * kStateBlock + part * kStates;
+    const int c = c0 + i % kDepth * kRows;
+    const StateSlot slot(0, n, p.dstate, c < place.channel_end);
+    store_states(p.last_state, place.b, c, n, slot.count,
+                 reinterpret_cast<const float*>(states + slot_index(i / kDepth, i % kDepth)));
+  }
+}
+
+/// last_state serves as the running state between tiles.
+template <class T, bool kComplex>
+__global__ void __launch_bounds__(kGenericWarps* kWarpSize)
+    forward_generic(const SelectiveScanParams p, int lanes) {
+  using Acc = Accumulate<T>;
+  using N = Number<Acc, kComplex>;
+  constexpr Acc kFactor = kComplex ? 2 : 1;  // y = 2 Re sum C h
+  __shared__ Acc planes[kGenericWarps][3][kGenericRows][kGenericPitch];
+  const int lane = threadIdx.x % kWarpSize;
+  auto& steps = planes[threadIdx.x / kWarpSize][0];   // dt
+  auto& inputs = planes[threadIdx.x / kWarpSize][1];  // dt u
+  auto& ys = planes[threadIdx.x / kWarpSize][2];
+  const int rows = kWarpSize / lanes;
+  const int64_t row_groups = ceil_div(p.dim, rows);
+  const int64_t item = int64_t{blockIdx.x} * kGenericWarps + threadIdx.x / kWarpSize;
+  const int64_t b = item / row_groups;
+  if (b >= p.batch) return;
+  const int64_t first_channel = item % row_groups * rows;
+  const int row = lane / lanes;
+  const int64_t c = first_channel + row;
+  const bool exists = c < p.dim;
+  const MatrixRow<N> B(p.B, p.groups_B, p.dim, b, c);
+  const MatrixRow<N> C(p.C, p.groups_C, p.dim, b, c);
+  const int64_t last_offset = b * p.last_state.stride[0] + c * p.last_state.stride[1];
+  const auto last_at = [&](int64_t n) { return last_offset + n * p.last_state.stride[2]; };
+
+  for (int64_t n = lane % lanes; exists && n < p.dstate; n += lanes) {
+    const View<3>& v = p.initial_state;
+    const N h = given(v) ? load_number<N>(
+                               v, b * v.stride[0] + c * v.stride[1] + n * v.stride[2])
+                         : N{};
+    store_number(p.last_state, last_at(n), h);
+  }
+  const int64_t chunks = ceil_div(p.seqlen, kTile);
+  for (int64_t begin = 0; begin < p.seqlen; begin += kTile) {
+    const int64_t t = begin + lane;
+    const uint8_t mark = t >= p.seqlen           ? uint8_t{kPadding}
+                         : p.marks != nullptr ? p.marks[b * p.seqlen + t]
+                                              : uint8_t{kContinue};
+    const unsigned resets = __ballot_sync(kAllLanes, mark == kReset);
+    const unsigned padding = __ballot_sync(kAllLanes, mark == kPadding);
+    for (int r = 0; r < rows && first_channel + r < p.dim; ++r) {
+      Acc dt = 0, x = 0;
+      if (mark != kPadding) {
+        dt = load_token<T>(p.delta, b, first_channel + r, t) +
+             parameter<Acc>(p.delta_bias, first_channel + r);
+        if (p.delta_softplus) dt = softplus(dt);
+        x = dt * load_token<T>(p.u, b, first_channel + r, t);
+      }
+      steps[r][lane] = dt;
+      inputs[r][lane] = x;
+      ys[r][lane] = 0;
+    }
+    __syncwarp();
+
+    for (int64_t n0 = 0; n0 < p.dstate; n0 += lanes) {
+      const int64_t n = n0 + lane % lanes;
+      const bool owns = exists && n < p.dstate;
+      N A{}, h{};
+      if (owns) {
+        A = load_number<N>(p.A, c * p.A.stride[0] + n * p.A.stride[1]);
+        h = load_number<N>(p.last_state, last_at(n));
+        if (p.states != nullptr) {
+          static_cast<N*>(
+              p.states)[((b * chunks + begin / kTile) * p.dim + c) * p.dstate + n] = h;
+        }
+      }
+      for (int j = 0; j < kTile && begin + j < p.seqlen; ++j) {
+        if (padding >> j & 1) continue;
+        Acc y = 0;
+        if (owns) {
+          const N decayed = resets >> j & 1 ? N{} : exponential(steps[row][j] * A) * h;
+          h = decayed + inputs[row][j] * B(n, begin + j);
+          y = kFactor * real_part(C(n, begin + j) * h);
+        }
+        y = sum_over_lanes(y, 1, lanes);
+        if (lane % lanes == 0 && exists) ys[row][j] += y;
+      }
+      if (owns) store_number(p.last_state, last_at(n), h);
+    }
+    __syncwarp();
+
+    for (int r = 0; r < rows && first_channel + r < p.dim && t < p.seqlen; ++r) {
+      const int64_t channel = first_channel + r;
+      Acc y = 0;
+      if (mark != kPadding) {
+        y = ys[r][lane] + parameter<Acc>(p.D, channel) * load_token<T>(p.u, b, channel, t);
+        if (given(p.z)) y *= silu(load_token<T>(p.z, b, channel, t));
+      }
+      store_token<T>(p.out, b, channel, t, y);
+    }
+    __syncwarp();
+  }
+}
+
+template <class T>
+void launch_generic(const SelectiveScanParams& p, cudaStream_t stream) {
+  const int lanes = generic_lanes(p.dstate);
+  const int64_t warps = p.batch * ceil_div(p.dim, kWarpSize / lanes);
+  const auto blocks = static_cast<unsigned>(ceil_div(warps, kGenericWarps));
+  const auto kernel = p.complex_A ? forward_generic<T, true> : forward_generic<T, false>;
+  kernel<<<blocks, kGenericWarps * kWarpSize, 0, stream>>>(p, lanes);
+}
+
+template <class T, int kDepth>
+struct SharedForward {
+  ScanPlan plan;
+  SegmentSums sums;
+  size_t workspace_size;
+
+  SharedForward(const SelectiveScanParams& p, void* base) {
+    plan = plan_scan(p, kWarps, kDepth, FWD_ENOUGH, FWD_WANTED, 128);
+    plan.vectors = vector_bit<T>(p.u, kVectorU) | vector_bit<T>(p.delta, kVectorDelta) |
+                   vector_bit<T>(p.z, kVectorZ) | vector_bit<T>(p.out, kVectorOut);
+    Workspace workspace(base);
+    sums = take_segment_sums(workspace, p, plan);
+    workspace_size = workspace.size();
+  }
+
+  size_t shared_size() const {
+    return sizeof(float4) * (2 * kTile * kMatrixPitch + 2 * plan.state_blocks * kDepth * kThreads) +
+           sizeof(float) * kWarps * planes_per_warp(plan.state_blocks) * kDepth * kPlane;
+  }
+
+  void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
+    if (plan.segments > 1) launch_segments<T, false>(p, plan, sums, stream);
+    const int64_t blocks = p.batch * plan.segments * plan.groups * plan.tiles;
+    launch_shared(p.marks != nullptr ? forward_shared<T, true, kDepth> : forward_shared<T, false, kDepth>, blocks,
+                  kThreads, shared_size(), stream, p, plan, sums);
+  }
+};
+
+}  // namespace
+
+template <class T>
+size_t workspace_selective_scan_fwd(const SelectiveScanParams& p) {
+  if constexpr (sizeof(T) <= 4) {
+    if (takes_shared_path<T>(p)) return SharedForward<T, FWD_DEPTH>(p, nullptr).workspace_size;
+  }
+  return 0;
+}
+
+template <class T>
+CudaStatus launch_selective_scan_fwd(const SelectiveScanParams& p, void* workspace,
+                                     CudaStream stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (p.batch == 0 || p.dim == 0) return cudaSuccess;
+  if constexpr (sizeof(T) <= 4) {
+    if (takes_shared_path<T>(p)) {
+      SharedForward<T, FWD_DEPTH>(p, workspace).launch(p, stream);
+      return cudaGetLastError();
+    }
+  }
+  launch_generic<T>(p, stream);
+  return cudaGetLastError();
+}
+
+template size_t workspace_selective_scan_fwd<MAMBA_SSM_ELEMENT>(const SelectiveScanParams&);
+template CudaStatus launch_selective_scan_fwd<MAMBA_SSM_ELEMENT>(const SelectiveScanParams&, void*,
+                                                                 CudaStream);
+
+}  // namespace mamba_ssm::kernels

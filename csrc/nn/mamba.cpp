@@ -1,0 +1,223 @@
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+#include <mamba_ssm/nn/mamba.h>
+#include <mamba_ssm/ops.h>
+#include <torch/nn/init.h>
+
+#include <cmath>
+#include <limits>
+#include <utility>
+
+namespace mamba_ssm {
+namespace {
+
+using at::Tensor;
+
+std::optional<Tensor> if_defined(const Tensor& t) {
+  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+}
+
+/// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.
+Tensor to_accumulate_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
+}
+
+/// weight @ token for every token of (batch, seqlen, features), as (batch, rows of weight, seqlen)
+/// with the tokens of a channel side by side, which is what convolution and scan walk along.
+Tensor project_channel_first(const Tensor& weight, const Tensor& tokens) {
+  const int64_t batch = tokens.size(0), seqlen = tokens.size(1);
+  return weight
+      .mm(tokens.flatten(0, 1).t())  // (rows, batch * seqlen)
+      .view({weight.size(0), batch, seqlen})
+      .transpose(0, 1);
+}
+
+/// The contents of a cache as an input of an op. Autograd may keep that input while the cache is
+/// overwritten, so it gets a copy of its own then.
+Tensor read_cache(const Tensor& cache, at::ScalarType dtype) {
+  const Tensor values = cache.detach().to(dtype);
+  return c10::GradMode::is_enabled() && values.is_alias_of(cache) ? values.clone() : values;
+}
+
+}  // namespace
+
+MambaImpl::MambaImpl(MambaOptions options_) : options(std::move(options_)) {
+  const double width = options.expand() * static_cast<double>(options.d_model());
+  TORCH_CHECK(width >= 1 && width <= std::numeric_limits<int32_t>::max(),
+              "Mamba: d_inner = int(expand * d_model) must be from 1 to 2^31 - 1, got ", width);
+  TORCH_CHECK(
+      options.d_model() > 0 && options.d_state() > 0 && options.d_conv() > 0 && dt_rank() > 0,
+      "Mamba: d_model, d_state, d_conv and dt_rank must be positive, got ", options.d_model(), ", ",
+      options.d_state(), ", ", options.d_conv(), " and ", dt_rank());
+  TORCH_CHECK(options.dt_init() == "random" || options.dt_init() == "constant",
+              "Mamba: dt_init must be \"random\" or \"constant\", got \"", options.dt_init(), "\"");
+  TORCH_CHECK(!options.dtype() || at::isFloatingType(*options.dtype()),
+              "Mamba: dtype must be a floating type, got ", *options.dtype());
+  // NOLINTNEXTLINE(clang-analyzer-optin.cplusplus.VirtualCall): as in every torch::nn module.
+  reset();
+}
+
+int64_t MambaImpl::d_inner() const {
+  return static_cast<int64_t>(options.expand() * static_cast<double>(options.d_model()));
+}
+
+int64_t MambaImpl::dt_rank() const {
+  return options.dt_rank().value_or((options.d_model() + 15) / 16);
+}
+
+void MambaImpl::reset() {
+  const int64_t d_model = options.d_model(), d_state = options.d_state();
+  const at::ScalarType dtype = options.dtype().value_or(at::get_default_dtype_as_scalartype());
+  const at::ScalarType state_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+
+  using torch::nn::LinearOptions;
+  in_proj = register_module(
+      "in_proj", torch::nn::Linear(LinearOptions(d_model, 2 * d_inner()).bias(options.bias())));
+  conv1d = register_module(
+      "conv1d", torch::nn::Conv1d(torch::nn::Conv1dOptions(d_inner(), d_inner(), options.d_conv())
+                                      .bias(options.conv_bias())
+                                      .groups(d_inner())
+                                      .padding(options.d_conv() - 1)));
+  x_proj = register_module(
+      "x_proj", torch::nn::Linear(LinearOptions(d_inner(), dt_rank() + 2 * d_state).bias(false)));
+  dt_proj = register_module("dt_proj", torch::nn::Linear(dt_rank(), d_inner()));
+  {
+    const torch::NoGradGuard no_grad;
+    const double s = options.dt_scale() / std::sqrt(static_cast<double>(dt_rank()));
+    if (options.dt_init() == "random") {
+      dt_proj->weight.uniform_(-s, s);
+    } else {
+      dt_proj->weight.fill_(s);
+    }
+    const double log_min = std::log(options.dt_min()), log_max = std::log(options.dt_max());
+    const Tensor dt = at::exp(at::rand({d_inner()}) * (log_max - log_min) + log_min)
+                          .clamp_min(options.dt_init_floor());
+    dt_proj->bias.copy_(dt + at::log(-at::expm1(-dt)));  // inverse of softplus
+  }
+  A_log = register_parameter(
+      "A_log",
+      at::arange(1, d_state + 1, state_dtype).log().expand({d_inner(), d_state}).contiguous());
+  D = register_parameter("D", at::ones({d_inner()}, state_dtype));
+  out_proj = register_module(
+      "out_proj", torch::nn::Linear(LinearOptions(d_inner(), d_model).bias(options.bias())));
+
+  for (const auto& child : children()) child->to(dtype);
+  if (options.device()) to(*options.device());
+}
+
+void MambaImpl::pretty_print(std::ostream& stream) const {
+  stream << "mamba_ssm::Mamba(d_model=" << options.d_model() << ", d_state=" << options.d_state()
+         << ", d_conv=" << options.d_conv() << ", d_inner=" << d_inner()
+         << ", dt_rank=" << dt_rank() << ")";
+}
+
+Tensor MambaImpl::A() const { return -at::exp(to_accumulate_type(A_log)); }
+
+void MambaImpl::check_hidden_states(const Tensor& hidden_states) const {
+  TORCH_CHECK(hidden_states.dim() == 3 && hidden_states.size(2) == options.d_model(),
+              "Mamba: hidden_states must have shape (batch, seqlen, d_model=", options.d_model(),
+              "), got ", hidden_states.sizes());
+}
+
+void MambaImpl::check_state(const Tensor& conv_state, const Tensor& ssm_state,
+                            int64_t batch) const {
+  const auto check = [&](const Tensor& state, const char* name, const char* last_name,
+                         int64_t last) {
+    const int64_t expected[] = {batch, d_inner(), last};
+    TORCH_CHECK(state.defined() && state.sizes() == at::IntArrayRef(expected), "Mamba: ", name,
+                " must have shape (batch, d_inner, ", last_name, ") = ", at::IntArrayRef(expected),
+                ", got ", state.defined() ? state.sizes() : at::IntArrayRef());
+  };
+  check(conv_state, "conv_state", "d_conv", options.d_conv());
+  check(ssm_state, "ssm_state", "d_state", options.d_state());
+}
+
+Tensor MambaImpl::project_in(const Tensor& hidden_states) {
+  const Tensor xz = project_channel_first(in_proj->weight, hidden_states);
+  if (!in_proj->bias.defined()) return xz;
+  return xz + in_proj->bias.to(xz.scalar_type()).unsqueeze(-1);
+}
+
+Tensor MambaImpl::forward(const Tensor& hidden_states, MambaState* state) {
+  check_hidden_states(hidden_states);
+  if (state != nullptr) {
+    check_state(state->conv_state, state->ssm_state, hidden_states.size(0));
+    if (hidden_states.size(1) == 1) {
+      return step(hidden_states, state->conv_state, state->ssm_state);
+    }
+    return prefill(project_in(hidden_states), *state);
+  }
+  return mamba_inner(project_in(hidden_states), conv1d->weight, if_defined(conv1d->bias),
+                     x_proj->weight, dt_proj->weight, out_proj->weight, if_defined(out_proj->bias),
+                     A(), /*B=*/std::nullopt, /*C=*/std::nullopt, D, dt_proj->bias);
+}
+
+Tensor MambaImpl::prefill(const Tensor& xz, MambaState& state) {
+  const int64_t seqlen = xz.size(2), width = options.d_conv();
+  const Tensor inputs = xz.narrow(1, 0, d_inner());     // (batch, d_inner, seqlen)
+  const Tensor z = xz.narrow(1, d_inner(), d_inner());  // (batch, d_inner, seqlen)
+
+  const Tensor past = read_cache(state.conv_state, inputs.scalar_type());
+  const Tensor x = std::get<0>(causal_conv1d(
+      inputs, conv1d->weight.squeeze(1), if_defined(conv1d->bias), /*seq_idx=*/std::nullopt,
+      /*initial_states=*/past.narrow(2, 1, width - 1), /*silu=*/true));
+
+  const auto projected =
+      x_proj->forward(x.transpose(1, 2))
+          .split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
+  const Tensor delta = project_channel_first(dt_proj->weight, projected[0]);
+  const at::ScalarType state_dtype = xz.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto [y, last_state] = selective_scan(
+      x, delta, A(), /*B=*/projected[1].transpose(1, 2), /*C=*/projected[2].transpose(1, 2), D, z,
+      dt_proj->bias, /*initial_state=*/read_cache(state.ssm_state, state_dtype),
+      /*seq_idx=*/std::nullopt, /*delta_softplus=*/true);
+  const Tensor out = out_proj->forward(y.transpose(1, 2));
+
+  const torch::NoGradGuard no_grad;
+  state.conv_state.copy_(seqlen >= width
+                             ? inputs.narrow(2, seqlen - width, width)
+                             : at::cat({past.narrow(2, seqlen, width - seqlen), inputs}, 2));
+  state.ssm_state.copy_(last_state);
+  return out;
+}
+
+Tensor MambaImpl::step(const Tensor& hidden_states, const Tensor& conv_state,
+                       const Tensor& ssm_state) {
+  check_hidden_states(hidden_states);
+  TORCH_CHECK(hidden_states.size(1) == 1, "Mamba: step takes one token per row, got ",
+              hidden_states.size(1));
+  check_state(conv_state, ssm_state, hidden_states.size(0));
+
+  const Tensor xz = in_proj->forward(hidden_states.squeeze(1));  // (batch, 2 * d_inner)
+  const Tensor inputs = xz.narrow(1, 0, d_inner());
+  const Tensor z = xz.narrow(1, d_inner(), d_inner());
+
+  // The op wants activations and their cache of one type; another type goes through a copy.
+  // Detached, so that no autograd history settles in the caller's states.
+  const Tensor past = conv_state.detach().to(inputs.scalar_type());
+  const Tensor x = causal_conv1d_update(inputs, past, conv1d->weight.squeeze(1),
+                                        if_defined(conv1d->bias), /*cache_seqlens=*/std::nullopt,
+                                        /*conv_state_indices=*/std::nullopt, /*silu=*/true);
+  if (!past.is_alias_of(conv_state)) conv_state.detach().copy_(past);
+
+  const auto projected =
+      x_proj->forward(x).split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
+  const Tensor delta = at::linear(projected[0], dt_proj->weight);
+  const Tensor y =
+      selective_state_update(ssm_state.detach(), x, delta, A(), projected[1], projected[2], D, z,
+                             dt_proj->bias, /*state_batch_indices=*/std::nullopt,
+                             /*dt_softplus=*/true);
+  return out_proj->forward(y).unsqueeze(1);
+}
+
+MambaState MambaImpl::allocate_inference_cache(int64_t batch_size, int64_t /*max_seqlen*/,
+                                               std::optional<at::ScalarType> dtype) const {
+  TORCH_CHECK(batch_size >= 0, "Mamba: batch_size must not be negative, got ", batch_size);
+  const auto zeros = [&](int64_t size, const Tensor& like) {
+    return at::zeros({batch_size, d_inner(), size},
+                     like.options().dtype(dtype.value_or(like.scalar_type())).requires_grad(false));
+  };
+  return {zeros(options.d_conv(), conv1d->weight), zeros(options.d_state(), dt_proj->weight)};
+}
+
+}  // namespace mamba_ssm

@@ -1,0 +1,398 @@
+#include <c10/util/Exception.h>
+#include <mamba_ssm/io/safetensors.h>
+#include <mamba_ssm/nn/model.h>
+#include <torch/nn/init.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <utility>
+
+namespace mamba_ssm {
+namespace {
+
+using at::Tensor;
+using Json = nlohmann::ordered_json;
+
+constexpr char kConfigFile[] = "config.json";
+constexpr char kWeightsFile[] = "model.safetensors";
+constexpr char kEmbeddingKey[] = "backbone.embedding.weight";
+constexpr char kHeadKey[] = "lm_head.weight";
+
+/// Faults of files: an exception whose text is for the user, without a stack trace.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error(c10::str(parts...));
+}
+
+/// The members of a JSON object, taken one by one; what is left at the end is unknown.
+class Members {
+ public:
+  Members(const Json& object, std::string where) : rest_(object), where_(std::move(where)) {
+    require(object.is_object(), where_, ": must be a JSON object");
+  }
+
+  std::optional<Json> take(const char* key) {
+    const auto member = rest_.find(key);
+    if (member == rest_.end()) return std::nullopt;
+    Json value = std::move(*member);
+    rest_.erase(member);
+    return value;
+  }
+
+  /// Counts and sizes: no product of two of them leaves int64.
+  void read(const char* key, int64_t& value) {
+    const auto json = take(key);
+    if (!json) return;
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    const bool in_range = json->is_number_integer() && *json >= 1 && *json <= kMax;
+    require(in_range, where_, ": ", key, " must be an integer from 1 to ", kMax, ", got ",
+            describe(*json));
+    value = json->get<int64_t>();
+  }
+
+  void read(const char* key, double& value) {
+    if (const auto json = take(key)) {
+      require(json->is_number(), where_, ": ", key, " must be a number, got ", describe(*json));
+      value = json->get<double>();
+    }
+  }
+
+  void read(const char* key, bool& value) {
+    if (const auto json = take(key)) {
+      require(json->is_boolean(), where_, ": ", key, " must be true or false, got ",
+              describe(*json));
+      value = json->get<bool>();
+    }
+  }
+
+  void read(const char* key, std::string& value) {
+    if (const auto json = take(key)) {
+      require(json->is_string(), where_, ": ", key, " must be a string, got ", describe(*json));
+      value = json->get<std::string>();
+    }
+  }
+
+  void expect(const char* key) const {
+    require(rest_.contains(key), where_, ": ", key, " is missing");
+  }
+
+  void finish() const {
+    if (rest_.empty()) return;
+    require(false, where_, ": unknown key ", describe(rest_.begin().key()));
+  }
+
+  /// A value for an error message: short, and plain ASCII whatever the file holds.
+  static std::string describe(const Json& json) {
+    std::string text = json.is_structured() ? json.type_name()
+                                            : json.dump(-1, ' ', /*ensure_ascii=*/true,
+                                                        Json::error_handler_t::replace);
+    constexpr size_t kMaxLength = 80;
+    return text.size() <= kMaxLength ? text : text.substr(0, kMaxLength) + "...";
+  }
+
+ private:
+  Json rest_;
+  std::string where_;
+};
+
+MambaOptions read_ssm_cfg(const Json& json, const std::string& where) {
+  MambaOptions options(0);
+  Members members(json, where);
+  std::string layer = "Mamba1";
+  members.read("layer", layer);
+  require(layer == "Mamba1", where,
+          ": layer must be \"Mamba1\", the only kind this model has, got ",
+          Members::describe(layer));
+  members.read("d_state", options.d_state());
+  members.read("d_conv", options.d_conv());
+  members.read("expand", options.expand());
+  if (const auto dt_rank = members.take("dt_rank"); dt_rank && *dt_rank != "auto") {
+    Members rank(Json{{"dt_rank", *dt_rank}}, where);
+    rank.read("dt_rank", options.dt_rank().emplace());
+  }
+  members.read("dt_min", options.dt_min());
+  members.read("dt_max", options.dt_max());
+  members.read("dt_init", options.dt_init());
+  members.read("dt_scale", options.dt_scale());
+  members.read("dt_init_floor", options.dt_init_floor());
+  members.read("conv_bias", options.conv_bias());
+  members.read("bias", options.bias());
+  bool use_fast_path;  // a choice between two ways to the same result
+  members.read("use_fast_path", use_fast_path);
+  members.finish();
+  return options;
+}
+
+std::string read_text(const std::filesystem::path& path) {
+  constexpr std::uintmax_t kMaxSize = 1 << 20;
+  require(std::filesystem::is_regular_file(path), path.string(), ": no such file");
+  require(std::filesystem::file_size(path) <= kMaxSize, path.string(),
+          ": too large for a configuration");
+  std::ifstream file(path, std::ios::binary);
+  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  require(file.good(), path.string(), ": cannot be read");
+  return text;
+}
+
+/// Parameters of the model that a config describes; a double, so that nothing overflows.
+double count_parameters(const MambaLMConfig& config) {
+  const MambaOptions& options = config.ssm_cfg();
+  const double d_model = static_cast<double>(config.d_model());
+  const double d_inner = std::floor(options.expand() * d_model);
+  const double d_state = static_cast<double>(options.d_state());
+  const double dt_rank =
+      options.dt_rank() ? static_cast<double>(*options.dt_rank()) : std::ceil(d_model / 16);
+  const double block = d_inner * (3 * d_model + static_cast<double>(options.d_conv()) +
+                                  2 * dt_rank + 3 * d_state + 2);
+  const double embedding = static_cast<double>(config.padded_vocab_size()) * d_model;
+  return static_cast<double>(config.n_layer()) * (block + d_model) + embedding;
+}
+
+/// float32 instead of a 16-bit type.
+Tensor at_least_float32(const Tensor& t) { return t.element_size() < 4 ? t.to(at::kFloat) : t; }
+
+/// The residual stream after a layer's output has been added to it.
+Tensor add_to_residual(const Tensor& residual, const Tensor& hidden, const MambaLMConfig& config) {
+  const Tensor sum = residual.defined() ? residual + hidden : hidden;
+  return config.residual_in_fp32() ? at_least_float32(sum) : sum;
+}
+
+template <class Module>
+Module placed(Module module, const MambaLMConfig& config) {
+  if (config.dtype()) module->to(*config.dtype());
+  if (config.device()) module->to(*config.device());
+  return module;
+}
+
+Norm make_norm(const MambaLMConfig& config) {
+  return placed(Norm(config.d_model(), config.rms_norm(), config.norm_epsilon()), config);
+}
+
+}  // namespace
+
+MambaLMConfig MambaLMConfig::from_file(const std::filesystem::path& path) {
+  const Json json = Json::parse(read_text(path), /*cb=*/nullptr, /*allow_exceptions=*/false);
+  require(!json.is_discarded(), path.string(), ": not valid JSON");
+
+  MambaLMConfig config;
+  Members members(json, path.string());
+  for (const char* key : {"d_model", "n_layer", "vocab_size"}) members.expect(key);
+  members.read("d_model", config.d_model());
+  members.read("n_layer", config.n_layer());
+  members.read("vocab_size", config.vocab_size());
+  members.read("pad_vocab_size_multiple", config.pad_vocab_size_multiple());
+  members.read("rms_norm", config.rms_norm());
+  members.read("residual_in_fp32", config.residual_in_fp32());
+  members.read("fused_add_norm", config.fused_add_norm());
+  members.read("tie_embeddings", config.tie_embeddings());
+  if (const auto ssm_cfg = members.take("ssm_cfg")) {
+    config.ssm_cfg() = read_ssm_cfg(*ssm_cfg, path.string() + ": ssm_cfg");
+  }
+  if (const auto d_intermediate = members.take("d_intermediate")) {
+    require(*d_intermediate == 0, path.string(),
+            ": d_intermediate must be 0 (MLP layers are not supported), got ",
+            Members::describe(*d_intermediate));
+  }
+  if (const auto attn_layers = members.take("attn_layer_idx")) {
+    require(attn_layers->is_array() && attn_layers->empty(), path.string(),
+            ": attn_layer_idx must be [] (attention layers are not supported)");
+  }
+  members.take("attn_cfg");  // of no layer
+  members.finish();
+  return config;
+}
+
+std::string MambaLMConfig::to_json() const {
+  const MambaOptions& options = ssm_cfg();
+  Json ssm{{"layer", "Mamba1"},
+           {"d_state", options.d_state()},
+           {"d_conv", options.d_conv()},
+           {"expand", options.expand()},
+           {"dt_rank", "auto"},
+           {"dt_min", options.dt_min()},
+           {"dt_max", options.dt_max()},
+           {"dt_init", options.dt_init()},
+           {"dt_scale", options.dt_scale()},
+           {"dt_init_floor", options.dt_init_floor()},
+           {"conv_bias", options.conv_bias()},
+           {"bias", options.bias()}};
+  if (options.dt_rank()) ssm["dt_rank"] = *options.dt_rank();
+  const Json json{{"d_model", d_model()},
+                  {"d_intermediate", 0},
+                  {"n_layer", n_layer()},
+                  {"vocab_size", vocab_size()},
+                  {"ssm_cfg", std::move(ssm)},
+                  {"attn_layer_idx", Json::array()},
+                  {"attn_cfg", Json::object()},
+                  {"rms_norm", rms_norm()},
+                  {"residual_in_fp32", residual_in_fp32()},
+                  {"fused_add_norm", fused_add_norm()},
+                  {"pad_vocab_size_multiple", pad_vocab_size_multiple()},
+                  {"tie_embeddings", tie_embeddings()}};
+  return json.dump(2) + "\n";
+}
+
+int64_t MambaLMConfig::padded_vocab_size() const {
+  const int64_t multiple = pad_vocab_size_multiple();
+  return (vocab_size() + multiple - 1) / multiple * multiple;
+}
+
+NormImpl::NormImpl(int64_t size_, bool rms_norm_, double epsilon_)
+    : size(size_), rms_norm(rms_norm_), epsilon(epsilon_) {
+  reset();
+}
+
+void NormImpl::reset() {
+  weight = register_parameter("weight", at::ones({size}));
+  if (!rms_norm) bias = register_parameter("bias", at::zeros({size}));
+}
+
+Tensor NormImpl::forward(const Tensor& x) {
+  const Tensor scale = weight.to(x.scalar_type());
+  const Tensor normed = rms_norm
+                            ? at::rms_norm(x, {size}, scale, epsilon)
+                            : at::layer_norm(x, {size}, scale, bias.to(x.scalar_type()), epsilon);
+  return normed.to(weight.scalar_type());
+}
+
+BlockImpl::BlockImpl(MambaLMConfig config_) : config(std::move(config_)) { reset(); }
+
+void BlockImpl::reset() {
+  norm = register_module("norm", make_norm(config));
+  MambaOptions options = config.ssm_cfg();
+  options.d_model(config.d_model()).dtype(config.dtype()).device(config.device());
+  mixer = register_module("mixer", Mamba(options));
+}
+
+Tensor BlockImpl::forward(const Tensor& hidden_states, Tensor& residual, MambaState* state) {
+  residual = add_to_residual(residual, hidden_states, config);
+  return mixer->forward(norm->forward(residual), state);
+}
+
+MixerModelImpl::MixerModelImpl(MambaLMConfig config_) : config(std::move(config_)) {
+  TORCH_CHECK(config.d_model() > 0 && config.n_layer() > 0 && config.vocab_size() > 0 &&
+                  config.pad_vocab_size_multiple() > 0,
+              "MambaLMHeadModel: d_model, n_layer, vocab_size and pad_vocab_size_multiple must be "
+              "positive, got ",
+              config.d_model(), ", ", config.n_layer(), ", ", config.vocab_size(), " and ",
+              config.pad_vocab_size_multiple());
+  reset();
+}
+
+void MixerModelImpl::reset() {
+  const torch::NoGradGuard no_grad;
+  embedding = torch::nn::Embedding(config.padded_vocab_size(), config.d_model());
+  embedding->weight.normal_(0, 0.02);
+  embedding = register_module("embedding", placed(embedding, config));
+
+  layers = register_module("layers", torch::nn::ModuleList());
+  for (int64_t i = 0; i < config.n_layer(); ++i) {
+    Block block(config);
+    // The variance of the residual stream shall not grow with the depth.
+    Mamba& mixer = block->mixer;
+    torch::nn::init::kaiming_uniform_(mixer->out_proj->weight, std::sqrt(5.0));
+    mixer->out_proj->weight /= std::sqrt(static_cast<double>(config.n_layer()));
+    if (config.ssm_cfg().bias()) {
+      mixer->in_proj->bias.zero_();
+      mixer->out_proj->bias.zero_();
+    }
+    layers->push_back(block);
+  }
+  norm_f = register_module("norm_f", make_norm(config));
+}
+
+Tensor MixerModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states) {
+  TORCH_CHECK(input_ids.dim() == 2,
+              "MambaLMHeadModel: input_ids must have shape (batch, seqlen), got ",
+              input_ids.sizes());
+  TORCH_CHECK(states == nullptr || states->size() == layers->size(),
+              "MambaLMHeadModel: expected one state per layer, ", layers->size(), ", got ",
+              states == nullptr ? 0 : states->size());
+  Tensor hidden = embedding->forward(input_ids);  // (batch, seqlen, d_model)
+  Tensor residual;
+  for (size_t i = 0; i < layers->size(); ++i) {
+    hidden = layers->at<BlockImpl>(i).forward(hidden, residual,
+                                              states == nullptr ? nullptr : &(*states)[i]);
+  }
+  return norm_f->forward(add_to_residual(residual, hidden, config));
+}
+
+MambaLMHeadModelImpl::MambaLMHeadModelImpl(MambaLMConfig config_) : config(std::move(config_)) {
+  reset();
+}
+
+void MambaLMHeadModelImpl::reset() {
+  backbone = register_module("backbone", MixerModel(config));
+  if (config.tie_embeddings()) return;
+  const torch::nn::LinearOptions options(config.d_model(), config.padded_vocab_size());
+  lm_head = register_module(
+      "lm_head", placed(torch::nn::Linear(torch::nn::LinearOptions(options).bias(false)), config));
+}
+
+Tensor MambaLMHeadModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states,
+                                     int64_t num_last_tokens) {
+  TORCH_CHECK(num_last_tokens >= 0, "MambaLMHeadModel: num_last_tokens must not be negative, got ",
+              num_last_tokens);
+  Tensor hidden = backbone->forward(input_ids, states);
+  const int64_t seqlen = hidden.size(1);
+  if (num_last_tokens > 0 && num_last_tokens < seqlen) {
+    hidden = hidden.narrow(1, seqlen - num_last_tokens, num_last_tokens);
+  }
+  return at::linear(hidden, lm_head ? lm_head->weight : backbone->embedding->weight);
+}
+
+std::vector<MambaState> MambaLMHeadModelImpl::allocate_inference_cache(
+    int64_t batch_size, int64_t max_seqlen, std::optional<at::ScalarType> dtype) const {
+  std::vector<MambaState> states;
+  for (size_t i = 0; i < backbone->layers->size(); ++i) {
+    const auto& block = backbone->layers->at<BlockImpl>(i);
+    states.push_back(block.mixer->allocate_inference_cache(batch_size, max_seqlen, dtype));
+  }
+  return states;
+}
+
+std::shared_ptr<MambaLMHeadModelImpl> MambaLMHeadModelImpl::from_pretrained(
+    const std::filesystem::path& folder, std::optional<at::ScalarType> dtype,
+    std::optional<at::Device> device) {
+  const std::filesystem::path weights = folder / kWeightsFile;
+  const auto config = MambaLMConfig::from_file(folder / kConfigFile).dtype(dtype).device(device);
+  auto tensors = load_safetensors(weights);
+
+  // A config that describes far more than the file holds is refused before memory is asked for;
+  // smaller differences are named below, key by key.
+  double held = 0;
+  for (const auto& [name, tensor] : tensors) held += static_cast<double>(tensor.numel());
+  const double described = count_parameters(config);
+  require(described <= 2 * held, folder.string(), ": ", kConfigFile,
+          " describes a model of at least ", described, " parameters, ", kWeightsFile, " holds ",
+          held);
+
+  if (config.tie_embeddings()) {
+    // A writer may have kept either of the two names of the tied matrix, or both.
+    if (auto head = tensors.extract(kHeadKey)) {
+      const Tensor head_weight = head.mapped();
+      const Tensor& embedding = tensors.try_emplace(kEmbeddingKey, head_weight).first->second;
+      const bool agree =
+          embedding.scalar_type() == head_weight.scalar_type() && at::equal(embedding, head_weight);
+      require(agree, weights.string(), ": ", kHeadKey, " and ", kEmbeddingKey,
+              " differ, but config.json ties them");
+    }
+  }
+  auto model = std::make_shared<MambaLMHeadModelImpl>(config);
+  load_state_dict(*model, tensors);
+  return model;
+}
+
+void MambaLMHeadModelImpl::save_pretrained(const std::filesystem::path& folder) const {
+  std::filesystem::create_directories(folder);
+  std::ofstream file(folder / kConfigFile, std::ios::binary | std::ios::trunc);
+  file << config.to_json() << std::flush;
+  require(file.good(), (folder / kConfigFile).string(), ": cannot be written");
+  save_safetensors(folder / kWeightsFile, state_dict(*this), {{"format", "pt"}});
+}
+
+}  // namespace mamba_ssm

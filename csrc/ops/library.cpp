@@ -1,0 +1,42 @@
+// Every schema of the library, and nothing else. Shapes and meanings: include/mamba_ssm/ops.h.
+//
+// Arguments after `*` are keyword-only, so that adding one later breaks no caller. Training ops
+// return fresh tensors; decode ops mark the cache they change. An op named X_bwd is the derivative
+// of X; optional gradients are None where the input is absent.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(mamba_ssm, m) {
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? seq_idx=None, "
+      "Tensor? initial_states=None, *, bool silu=False) -> (Tensor out, Tensor final_states)");
+  m.def(
+      "causal_conv1d_bwd(Tensor dout, Tensor? dfinal_states, Tensor x, Tensor weight, "
+      "Tensor? bias=None, Tensor? seq_idx=None, Tensor? initial_states=None, *, bool silu=False) "
+      "-> "
+      "(Tensor dx, Tensor dweight, Tensor? dbias, Tensor? dinitial_states)");
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, "
+      "Tensor? cache_seqlens=None, Tensor? conv_state_indices=None, *, bool silu=False) -> Tensor");
+  m.def("causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int state_len) -> Tensor");
+
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? delta_bias=None, Tensor? initial_state=None, Tensor? seq_idx=None, "
+      "*, bool delta_softplus=False) -> (Tensor out, Tensor last_state)");
+  // The forward as training runs it: also keeps the state at every chunk start for the backward.
+  m.def(
+      "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? delta_bias=None, Tensor? initial_state=None, Tensor? seq_idx=None, "
+      "*, bool delta_softplus=False) -> (Tensor out, Tensor last_state, Tensor states)");
+  m.def(
+      "selective_scan_bwd(Tensor dout, Tensor? dlast_state, Tensor states, Tensor u, Tensor delta, "
+      "Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, Tensor? delta_bias=None, "
+      "Tensor? initial_state=None, Tensor? seq_idx=None, *, bool delta_softplus=False) -> "
+      "(Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor? dD, Tensor? dz, "
+      "Tensor? ddelta_bias, Tensor? dinitial_state)");
+
+  m.def(
+      "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, Tensor? state_batch_indices=None, "
+      "*, bool dt_softplus=False) -> Tensor");
+}

@@ -1,0 +1,113 @@
+// mamba_ssm._C: the C++ modules as Python objects. Nothing in the package needs it.
+#include <mamba_ssm/mamba_ssm.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <variant>
+
+namespace py = pybind11;
+
+namespace {
+
+using at::Tensor;
+using mamba_ssm::MambaImpl;
+using mamba_ssm::MambaLMHeadModelImpl;
+using mamba_ssm::MambaState;
+using Dtype = std::optional<at::ScalarType>;
+using Device = std::optional<at::Device>;
+using Path = std::filesystem::path;
+using Tensors = std::map<std::string, Tensor>;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+template <typename Module>
+py::dict named_parameters(const Module& module) {
+  py::dict parameters;
+  for (const auto& item : module.named_parameters()) parameters[py::str(item.key())] = item.value();
+  return parameters;
+}
+
+template <typename Module>
+void load(Module& module, const std::variant<Tensors, Path>& source) {
+  const auto* path = std::get_if<Path>(&source);
+  mamba_ssm::load_state_dict(
+      module, path != nullptr ? mamba_ssm::load_safetensors(*path) : std::get<Tensors>(source));
+}
+
+std::shared_ptr<MambaImpl> make_mamba(int64_t d_model, int64_t d_state, int64_t d_conv,
+                                      double expand, const std::variant<int64_t, std::string>& rank,
+                                      double dt_min, double dt_max, const std::string& dt_init,
+                                      double dt_scale, double dt_init_floor, bool conv_bias,
+                                      bool bias, Device device, Dtype dtype) {
+  auto options = mamba_ssm::MambaOptions(d_model)
+                     .d_state(d_state)
+                     .d_conv(d_conv)
+                     .expand(expand)
+                     .dt_min(dt_min)
+                     .dt_max(dt_max)
+                     .dt_init(dt_init)
+                     .dt_scale(dt_scale)
+                     .dt_init_floor(dt_init_floor)
+                     .conv_bias(conv_bias)
+                     .bias(bias)
+                     .device(device)
+                     .dtype(dtype);
+  if (const auto* number = std::get_if<int64_t>(&rank)) {
+    options.dt_rank(*number);
+  } else if (std::get<std::string>(rank) != "auto") {
+    throw py::value_error("Mamba: dt_rank must be an int or \"auto\"");
+  }
+  return std::make_shared<MambaImpl>(std::move(options));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pybind11::literals;
+  m.doc() = "LibTorch modules of mamba_ssm.";
+
+  m.def(
+      "load_safetensors", [](const Path& path) { return mamba_ssm::load_safetensors(path); },
+      "path"_a, NoGil());
+  m.def("save_safetensors", &mamba_ssm::save_safetensors, "path"_a, "tensors"_a,
+        "metadata"_a = std::map<std::string, std::string>(), NoGil());
+
+  py::class_<MambaState>(m, "MambaState")
+      .def(py::init<Tensor, Tensor>(), "conv_state"_a, "ssm_state"_a)
+      .def_readwrite("conv_state", &MambaState::conv_state)
+      .def_readwrite("ssm_state", &MambaState::ssm_state);
+
+  py::class_<MambaImpl, std::shared_ptr<MambaImpl>>(m, "Mamba")
+      .def(py::init(&make_mamba), "d_model"_a, "d_state"_a = 16, "d_conv"_a = 4, "expand"_a = 2.0,
+           "dt_rank"_a = "auto", "dt_min"_a = 0.001, "dt_max"_a = 0.1, "dt_init"_a = "random",
+           "dt_scale"_a = 1.0, "dt_init_floor"_a = 1e-4, "conv_bias"_a = true, "bias"_a = false,
+           "device"_a = py::none(), "dtype"_a = py::none())
+      .def("load", &load<MambaImpl>, "source"_a, "From a safetensors file or a dict of tensors.",
+           NoGil())
+      .def("named_parameters", &named_parameters<MambaImpl>)
+      .def("forward", &MambaImpl::forward, "hidden_states"_a, "state"_a = py::none(), NoGil())
+      .def("__call__", &MambaImpl::forward, "hidden_states"_a, "state"_a = py::none(), NoGil())
+      .def("step", &MambaImpl::step, "hidden_states"_a, "conv_state"_a, "ssm_state"_a, NoGil())
+      .def("allocate_inference_cache", &MambaImpl::allocate_inference_cache, "batch_size"_a,
+           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil());
+
+  using Model = MambaLMHeadModelImpl;
+  // The states are handles of the caller's tensors, which the model updates in place.
+  const auto forward = [](Model& model, const Tensor& input_ids,
+                          std::optional<std::vector<MambaState>> states, int64_t num_last_tokens) {
+    return model.forward(input_ids, states ? &*states : nullptr, num_last_tokens);
+  };
+  py::class_<Model, std::shared_ptr<Model>>(m, "MambaLMHeadModel")
+      .def_static("from_pretrained", &Model::from_pretrained, "folder"_a, "dtype"_a = py::none(),
+                  "device"_a = py::none(), NoGil())
+      .def("save_pretrained", &Model::save_pretrained, "folder"_a, NoGil())
+      .def("load", &load<Model>, "source"_a, "From a safetensors file or a dict of tensors.",
+           NoGil())
+      .def("named_parameters", &named_parameters<Model>)
+      .def("forward", forward, "input_ids"_a, "states"_a = py::none(), "num_last_tokens"_a = 0,
+           NoGil())
+      .def("__call__", forward, "input_ids"_a, "states"_a = py::none(), "num_last_tokens"_a = 0,
+           NoGil())
+      .def("allocate_inference_cache", &Model::allocate_inference_cache, "batch_size"_a,
+           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil());
+}

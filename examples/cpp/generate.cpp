@@ -1,0 +1,138 @@
+// Generates text with a byte-level language model: one token per byte.
+//
+//     mamba_generate CHECKPOINT_FOLDER [--prompt TEXT] [--bytes 256] [--seed 0]
+//                    [--temperature 0.8] [--greedy]
+//
+// Writes prompt and continuation to stdout as they arise, and the speed to stderr. Equal arguments
+// give equal bytes, those that the Python demo (python -m mamba_ssm demo) draws.
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/util/Exception.h>
+#include <mamba_ssm/nn/model.h>
+
+#include <charconv>
+#include <chrono>
+#include <exception>
+#include <iostream>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
+namespace {
+
+struct Arguments {
+  std::string checkpoint;
+  std::string prompt = "\n";
+  int64_t bytes = 256;
+  uint64_t seed = 0;
+  double temperature = 0.8;
+  bool greedy = false;
+};
+
+constexpr char kUsage[] =
+    "usage: mamba_generate CHECKPOINT_FOLDER [--prompt TEXT] [--bytes 256] [--seed 0]\n"
+    "                      [--temperature 0.8] [--greedy]\n";
+
+template <class Number>
+Number parse_number(const std::string& flag, const std::string& text) {
+  Number number{};
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, number);
+  if (error != std::errc() || stop != end) {
+    throw std::invalid_argument(flag + " must be a number, got " + text);
+  }
+  return number;
+}
+
+Arguments parse(int argc, char** argv) {
+  Arguments arguments;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    const auto value = [&]() -> std::string {
+      if (i + 1 == argc) throw std::invalid_argument(flag + " needs a value");
+      return argv[++i];
+    };
+    if (flag == "--prompt") {
+      arguments.prompt = value();
+    } else if (flag == "--bytes") {
+      arguments.bytes = parse_number<int64_t>(flag, value());
+    } else if (flag == "--seed") {
+      arguments.seed = parse_number<uint64_t>(flag, value());
+    } else if (flag == "--temperature") {
+      arguments.temperature = parse_number<double>(flag, value());
+    } else if (flag == "--greedy") {
+      arguments.greedy = true;
+    } else if (arguments.checkpoint.empty() && flag.rfind("--", 0) != 0) {
+      arguments.checkpoint = flag;
+    } else {
+      throw std::invalid_argument("unknown argument " + flag);
+    }
+  }
+  if (arguments.checkpoint.empty()) throw std::invalid_argument("CHECKPOINT_FOLDER is missing");
+  if (arguments.prompt.empty()) throw std::invalid_argument("--prompt must not be empty");
+  if (!(arguments.temperature > 0)) throw std::invalid_argument("--temperature must be positive");
+  return arguments;
+}
+
+/// Draws the next token: the first whose cumulative probability exceeds a uniform random number.
+int64_t sample(const at::Tensor& logits, const Arguments& arguments, at::Generator& generator) {
+  if (arguments.greedy) return logits.argmax(-1).item<int64_t>();
+  const at::Tensor p = at::softmax(logits.to(at::kFloat) / arguments.temperature, -1);
+  const at::Tensor c = at::cumsum(p, -1);  // (vocab)
+  const at::Tensor u = at::rand({1}, generator);
+  const at::Tensor next = at::searchsorted(c, u * c.narrow(0, c.size(0) - 1, 1),
+                                           /*out_int32=*/false, /*right=*/true);
+  return next.clamp_max(c.size(0) - 1).item<int64_t>();
+}
+
+void generate(const Arguments& arguments) {
+  const c10::InferenceMode inference;
+  mamba_ssm::MambaLMHeadModel model =
+      mamba_ssm::MambaLMHeadModelImpl::from_pretrained(arguments.checkpoint);
+  const int64_t vocab_size = model->config.vocab_size();
+  if (vocab_size > 256) throw std::runtime_error("the checkpoint is not of a byte-level model");
+
+  at::Tensor tokens = at::empty({1, static_cast<int64_t>(arguments.prompt.size())}, at::kLong);
+  for (size_t i = 0; i < arguments.prompt.size(); ++i) {
+    tokens[0][static_cast<int64_t>(i)] = static_cast<unsigned char>(arguments.prompt[i]);
+  }
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(arguments.seed);
+  auto states = model->allocate_inference_cache(/*batch_size=*/1);
+
+  std::cout << arguments.prompt << std::flush;
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < arguments.bytes; ++i) {
+    const at::Tensor logits = model->forward(tokens, &states, /*num_last_tokens=*/1)
+                                  .flatten()
+                                  .narrow(0, 0, vocab_size);  // without the padding rows
+    const int64_t next = sample(logits, arguments, generator);
+    std::cout << static_cast<char>(next) << std::flush;
+    tokens = at::full({1, 1}, next, at::kLong);
+  }
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  std::cout << std::endl;
+  std::cerr << arguments.bytes << " tokens after a prompt of " << arguments.prompt.size() << ", "
+            << static_cast<double>(arguments.bytes) / seconds.count() << " tokens/s\n";
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Arguments arguments;
+  try {
+    arguments = parse(argc, argv);
+  } catch (const std::invalid_argument& error) {
+    std::cerr << "mamba_generate: " << error.what() << "\n" << kUsage;
+    return 2;
+  }
+  try {
+    generate(arguments);
+    return 0;
+  } catch (const c10::Error& error) {
+    std::cerr << "mamba_generate: " << error.what_without_backtrace() << "\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << "mamba_generate: " << error.what() << "\n";
+    return 1;
+  }
+}

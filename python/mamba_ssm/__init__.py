@@ -1,0 +1,16 @@
+"""Selective state space models: fused CPU and CUDA operations and the modules built on them.
+
+Importing the package registers ``torch.ops.mamba_ssm``. It needs torch and nothing else, does not
+initialize CUDA and prints nothing.
+"""
+
+__version__ = "2.4.0"
+
+from mamba_ssm import _library as _library  # first: everything below calls the registered ops
+from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
+from mamba_ssm.ops.triton import selective_state_update as _selective_state_update
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from mamba_ssm.utils import generation as _generation
+
+__all__ = ["Mamba", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"]

@@ -1,0 +1,350 @@
+"""Times the operations on this machine, beside recorded or measured times of other packages.
+
+On a GPU, rows have the recorded times of the package that this one replaces beside them; compare
+them only on the GPU that the record names. On a CPU, the others run in the same process.
+"""
+
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
+
+ops = torch.ops.mamba_ssm
+PEER = json.loads((Path(__file__).parent / "bench_peer.json").read_text(encoding="utf-8"))
+FLUSH_BYTES = 1 << 28  # larger than any L2 cache
+CHECKED_DIM, CHECKED_SEQLEN = 64, 512  # part of a call that is compared with float64
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "groups",
+        nargs="*",
+        metavar="group",
+        help=f"{', '.join(GROUPS)} (default: cpu without a GPU, all others with one)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+
+
+def run(args):
+    gpu = torch.cuda.is_available()
+    groups = args.groups or [name for name in GROUPS if (name == "cpu") != gpu]
+    unknown = [name for name in groups if name not in GROUPS]
+    if unknown:
+        raise SystemExit(f"bench: unknown group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    if not gpu and any(name != "cpu" for name in groups):
+        raise SystemExit("bench: torch sees no GPU; on the CPU there is the group cpu")
+    torch.manual_seed(0)
+    report = Report()
+    if gpu and any(name != "cpu" for name in groups):
+        report.gpu_header()
+    for name in groups:
+        GROUPS[name](report)
+    if args.json:
+        args.json.write_text(json.dumps(report.rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+class Report:
+    """Prints rows as they come and keeps them."""
+
+    def __init__(self):
+        self.rows = []
+        self.copy_rate = None  # GB/s of a large copy in this run
+
+    def gpu_header(self):
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        print(f"peer: {PEER['source']}, {PEER['gpu']}, torch {PEER['torch']}, {PEER['date']}")
+        x = torch.empty(1 << 29, device="cuda")
+        y = torch.empty_like(x)
+        self.copy_rate = moved(x, y) / gpu_ms(lambda: y.copy_(x))
+        print(f"copy rate of this run: {self.copy_rate:.0f} GB/s\n")
+        print(
+            f"{'name':<48}{'ms':>10}{'peer ms':>10}{'peer/ms':>9}{'GB/s':>8}{'of copy':>9}"
+            f"{'error':>10}"
+        )
+
+    def gpu_row(self, name, ms, gigabytes=None, error=None):
+        """gigabytes: inputs and outputs once, in units of 1e6 bytes per millisecond."""
+        peer = PEER["ms"].get(name)
+        rate = gigabytes and gigabytes / ms
+        cells = [
+            f"{ms:10.5f}",
+            f"{peer:10.5f}" if peer else f"{'-':>10}",
+            f"{peer / ms:9.2f}" if peer else f"{'-':>9}",
+            f"{rate:8.0f}" if rate else f"{'-':>8}",
+            f"{rate / self.copy_rate:9.2f}" if rate else f"{'-':>9}",
+            f"{error:10.1e}" if error is not None else f"{'-':>10}",
+        ]
+        print(f"{name:<48}{''.join(cells)}", flush=True)
+        self.rows.append(dict(name=name, ms=ms, peer_ms=peer, gb_per_s=rate, error=error))
+
+    def cpu_row(self, name, ms, other=None, other_ms=None):
+        beside = f"{other_ms:12.1f}  {other_ms / ms:6.1f}x  {other}" if other else ""
+        print(f"{name:<48}{ms:10.2f}{beside}", flush=True)
+        self.rows.append(dict(name=name, ms=ms, other=other, other_ms=other_ms))
+
+
+def moved(*tensors):
+    """Bytes of the tensors, in millions."""
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
+def gpu_ms(call, budget_ms=150):
+    """Median time of call() with a cold L2 cache."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def events(count):
+        pairs = []
+        for _ in range(count):
+            flush.zero_()
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair[0].record()
+            call()
+            pair[1].record()
+            pairs.append(pair)
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in pairs)
+
+    call()
+    estimate = events(5)
+    return events(min(1000, max(5, int(budget_ms / estimate))))
+
+
+def graph_ms(call, calls=20):
+    """Median time of call() within a CUDA graph of several, which hides the launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return gpu_ms(graph.replay) / calls
+
+
+def relative_error(value, exact):
+    """Root mean square of value - exact, over that of exact."""
+    exact = exact.double()
+    scale = exact.norm()
+    return ((value.double() - exact).norm() / scale).item() if scale > 0 else 0.0
+
+
+def forward_backward(report, name, call, reference, inputs, forward_mb, backward_mb):
+    """Rows for call(*inputs), without gradients, and for its backward.
+
+    The error of the forward is that of the first channels and tokens of the timed call, that of the
+    backward the largest of all gradients of a call on these alone: reference in float64 both times.
+    """
+    with torch.no_grad():
+        ms = gpu_ms(lambda: call(*inputs))
+        part = [checked_part(t) for t in inputs]
+        out = call(*inputs)[:1, :CHECKED_DIM, :CHECKED_SEQLEN]
+    leaves = [t.clone().requires_grad_() for t in part]
+    exact_leaves = [t.double().requires_grad_() for t in part]
+    exact = reference(*exact_leaves)
+    report.gpu_row(f"{name}/fwd_nograd", ms, forward_mb, relative_error(out, exact))
+
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(call(*leaves), leaves, dout)
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, dout.double())
+    error = max(relative_error(g, e) for g, e in zip(gradients, exact_gradients))
+
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = call(*inputs)
+    dout = torch.randn_like(out)
+    ms = gpu_ms(lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True))
+    report.gpu_row(f"{name}/bwd", ms, backward_mb, error)
+
+
+def checked_part(t):
+    """The part of an argument that belongs to the first row, channels and tokens."""
+    if t.dim() < 3:
+        return t[:CHECKED_DIM].contiguous()
+    return t[:1, :CHECKED_DIM, :CHECKED_SEQLEN].contiguous()
+
+
+def limits(report):
+    x = torch.randn(1 << 30, device="cuda")
+    y = torch.empty_like(x)
+    report.gpu_row("limit/copy_4GiB", gpu_ms(lambda: y.copy_(x)), moved(x, y))
+    del x, y
+    x, y = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    report.gpu_row("limit/gemm_bf16_8192", gpu_ms(lambda: x @ y))
+    x = torch.randn(1 << 28, device="cuda")
+    y = torch.empty_like(x)
+    report.gpu_row("limit/exp_fp32_2^28", gpu_ms(lambda: torch.exp(x, out=y)), moved(x, y))
+
+
+def conv(report):
+    def call(x, weight, bias):
+        return ops.causal_conv1d(x, weight, bias, silu=True)[0]
+
+    def reference(x, weight, bias):
+        dim, width = weight.shape
+        padded = F.pad(x, (width - 1, 0))
+        return F.silu(F.conv1d(padded, weight[:, None], bias, groups=dim))
+
+    sizes = [(8, 1536, 2048), (8, 4096, 2048), (2, 5120, 8192), (1, 4096, 65536)]
+    for (batch, dim, seqlen), layout in itertools.product(sizes, ("BDL", "BLD")):
+        x = torch.randn(batch, dim, seqlen, device="cuda", dtype=torch.bfloat16)
+        if layout == "BLD":
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        inputs = x, torch.randn(dim, 4, device="cuda"), torch.randn(dim, device="cuda")
+        name = f"conv1d/{layout}/B{batch}D{dim}L{seqlen}"
+        forward_backward(report, name, call, reference, inputs, 2 * moved(x), 3 * moved(x))
+
+
+def scan(report):
+    def call(*inputs):
+        return selective_scan_fn(*inputs, delta_softplus=True)
+
+    def reference(*inputs):
+        return selective_scan_ref(*inputs, delta_softplus=True)
+
+    sizes = [(8, 1536, 2048, 16), (8, 4096, 2048, 16), (2, 5120, 8192, 16), (1, 4096, 65536, 16)]
+    sizes += [(1, 1536, 2048, 16), (8, 1536, 2048, 64)]
+    for batch, dim, seqlen, dstate in sizes:
+        inputs = scan_inputs(batch, dim, seqlen, dstate, "cuda", torch.bfloat16)
+        u, _, _, B, C, *_ = inputs
+        forward_backward(
+            report,
+            f"selective_scan/B{batch}D{dim}L{seqlen}N{dstate}",
+            call,
+            reference,
+            inputs,
+            4 * moved(u) + moved(B, C),
+            7 * moved(u) + 2 * moved(B, C),
+        )
+
+
+def scan_inputs(batch, dim, seqlen, dstate, device, dtype):
+    """u, delta, A, B, C, D, z, delta_bias."""
+    options = dict(device=device, dtype=dtype)
+    u = torch.randn(batch, dim, seqlen, **options)
+    delta = 0.5 * torch.rand(batch, dim, seqlen, **options)
+    A = -torch.arange(1, dstate + 1, device=device, dtype=torch.float32).repeat(dim, 1)
+    B, C = (torch.randn(batch, dstate, seqlen, **options) for _ in range(2))
+    D, delta_bias = torch.randn(dim, device=device), torch.rand(dim, device=device)
+    return u, delta, A, B, C, D, torch.randn(batch, dim, seqlen, **options), delta_bias
+
+
+def decode(report):
+    dim, dstate = 5120, 16
+    options = dict(device="cuda", dtype=torch.bfloat16)
+    for batch in (1, 64, 512):
+        x = torch.randn(batch, dim, **options)
+        state = torch.randn(batch, dim, 4, **options)
+        weight, bias = torch.randn(dim, 4, **options), torch.randn(dim, **options)
+        ms = graph_ms(lambda: ops.causal_conv1d_update(x, state, weight, bias, silu=True))
+        traffic = 2 * moved(x, state) + moved(weight, bias)
+        report.gpu_row(f"conv1d_update/B{batch}D{dim}", ms, traffic)
+    for batch in (1, 64, 512):
+        state = torch.randn(batch, dim, dstate, device="cuda")
+        x, dt, z = (torch.randn(batch, dim, **options) for _ in range(3))
+        A = -torch.rand(dim, dstate, device="cuda") - 1
+        B, C = (torch.randn(batch, dstate, **options) for _ in range(2))
+        D, dt_bias = torch.randn(dim, device="cuda"), torch.rand(dim, device="cuda")
+        inputs = x, dt, A, B, C, D, z, dt_bias
+        ms = graph_ms(lambda: ops.selective_state_update(state, *inputs, dt_softplus=True))
+        traffic = 2 * moved(state) + 4 * moved(x) + moved(A, B, C)
+        report.gpu_row(f"state_update/mamba1/B{batch}D{dim}N{dstate}", ms, traffic)
+
+
+def cpu_ms(call, budget_s=2.0):
+    """Shortest time of call(): other work on the machine only ever adds."""
+    call()
+    times = []
+    start = time.perf_counter()
+    while len(times) < 3 or (time.perf_counter() - start < budget_s and len(times) < 100):
+        begin = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return min(times)
+
+
+def cpu(report):
+    threads = torch.get_num_threads()
+    thread_counts = sorted({1, threads})
+    print(f"CPU {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, float32")
+    print(f"{'name':<48}{'ms':>10}{'other ms':>12}")
+    try:
+        from mambapy.pscan import pscan
+    except ImportError:
+        pscan = None
+        print("mambapy is not installed: its parallel scan is left out")
+    dim, dstate = 1024, 16
+
+    def inputs_of(seqlen):
+        return scan_inputs(1, dim, seqlen, dstate, "cpu", torch.float32)
+
+    def forward(inputs):
+        with torch.no_grad():
+            selective_scan_fn(*inputs, delta_softplus=True)
+
+    def backward(scan, inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        torch.autograd.grad(scan(*leaves).sum(), leaves)
+
+    inputs = inputs_of(2048)
+    size = f"D{dim}L2048N{dstate}"
+    try:
+        for count in thread_counts:
+            torch.set_num_threads(count)
+            ms = cpu_ms(lambda: forward(inputs))
+            with torch.no_grad():
+                loop = cpu_ms(lambda: time_loop(*inputs))
+            name = f"selective_scan/{size}/fwd/threads{count}"
+            report.cpu_row(name, ms, "PyTorch time loop", loop)
+            ms = cpu_ms(
+                lambda: backward(lambda *t: selective_scan_fn(*t, delta_softplus=True), inputs)
+            )
+            name = f"selective_scan/{size}/fwd+bwd/threads{count}"
+            if pscan is None:
+                report.cpu_row(name, ms)
+            else:
+                other = cpu_ms(lambda: backward(lambda *t: parallel_scan(pscan, *t), inputs))
+                report.cpu_row(name, ms, "mambapy parallel scan", other)
+        for seqlen, count in itertools.product((512, 1024, 4096, 8192), thread_counts):
+            torch.set_num_threads(count)
+            inputs = inputs_of(seqlen)
+            name = f"selective_scan/D{dim}L{seqlen}N{dstate}/fwd/threads{count}"
+            report.cpu_row(name, cpu_ms(lambda: forward(inputs)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def discretized(u, delta, A, B, C, D, z, delta_bias):
+    """Decay and input of the recurrence, (batch, seqlen, dim, dstate)."""
+    d = F.softplus(delta + delta_bias[:, None]).transpose(1, 2)[..., None]
+    return torch.exp(d * A), d * B.transpose(1, 2)[:, :, None] * u.transpose(1, 2)[..., None]
+
+
+def read_out(states, u, delta, A, B, C, D, z, delta_bias):
+    """Output from the states of all times, (batch, seqlen, dim, dstate)."""
+    y = (states @ C.transpose(1, 2)[..., None])[..., 0].transpose(1, 2) + D[:, None] * u
+    return y * F.silu(z)
+
+
+def time_loop(*inputs):
+    decay, driven = discretized(*inputs)
+    state = torch.zeros_like(driven[:, 0])
+    states = []
+    for t in range(decay.shape[1]):
+        state = torch.addcmul(driven[:, t], decay[:, t], state)
+        states.append(state)
+    return read_out(torch.stack(states, dim=1), *inputs)
+
+
+def parallel_scan(pscan, *inputs):
+    return read_out(pscan(*discretized(*inputs)), *inputs)
+
+
+GROUPS = {"limits": limits, "conv": conv, "scan": scan, "decode": decode, "cpu": cpu}

@@ -1,0 +1,321 @@
+"""The Mamba block (arXiv 2312.00752, section 3.4)."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ops = torch.ops.mamba_ssm
+
+
+def _is_plain(module, kind):
+    """Whether module is exactly a `kind`, so that using its weight equals calling its forward."""
+    return (
+        type(module) is kind  # a parametrized module has a type of its own
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def _upcast(tensor):
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _read_cache(cache, dtype):
+    """Contents of a cache as an argument that autograd may keep while the cache changes."""
+    values = cache.detach().to(dtype)
+    return values.clone() if torch.is_grad_enabled() and dtype == cache.dtype else values
+
+
+def _project_channel_first(weight, tokens):
+    """weight @ token for tokens (batch, seqlen, features), as (batch, rows of weight, seqlen).
+
+    Tokens of a channel lie side by side, as convolution and scan walk them.
+    """
+    batch, seqlen, _ = tokens.shape
+    projected = torch.mm(weight, tokens.flatten(0, 1).t())  # (rows, batch * seqlen)
+    return projected.view(weight.shape[0], batch, seqlen).transpose(0, 1)
+
+
+class Mamba(nn.Module):
+    """Mamba block, (batch, seqlen, d_model) to the same shape.
+
+    Arguments:
+        d_model: width of input and output.
+        d_state: states per channel.
+        d_conv: width of the causal convolution.
+        expand: d_inner = int(expand * d_model) channels inside the block.
+        dt_rank: rank of the step size projection; "auto" is ceil(d_model / 16).
+        dt_min, dt_max, dt_init_floor: range and lower bound of the initial step sizes.
+        dt_init, dt_scale: initial dt_proj.weight, "random" (uniform) or "constant", and its scale.
+        conv_bias, bias: biases of the convolution and of in_proj and out_proj.
+        use_fast_path: use the fused operation where it computes the same: without a cache, and
+            with projections and convolution that are plain torch modules without hooks.
+        layer_idx: key of this layer in an inference cache.
+
+    A_log and D are float32 for every dtype but float64.
+    """
+
+    def __init__(
+        self,
+        d_model,
+        d_state=16,
+        d_conv=4,
+        expand=2,
+        dt_rank="auto",
+        dt_min=0.001,
+        dt_max=0.1,
+        dt_init="random",
+        dt_scale=1.0,
+        dt_init_floor=1e-4,
+        conv_bias=True,
+        bias=False,
+        use_fast_path=True,
+        layer_idx=None,
+        device=None,
+        dtype=None,
+    ):
+        factory_kwargs = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.expand = expand
+        self.d_inner = int(self.expand * self.d_model)
+        self.dt_rank = math.ceil(self.d_model / 16) if dt_rank == "auto" else dt_rank
+        self.use_fast_path = use_fast_path
+        self.layer_idx = layer_idx
+        self.activation = "silu"
+
+        self.in_proj = nn.Linear(self.d_model, 2 * self.d_inner, bias=bias, **factory_kwargs)
+        self.conv1d = nn.Conv1d(
+            in_channels=self.d_inner,
+            out_channels=self.d_inner,
+            bias=conv_bias,
+            kernel_size=d_conv,
+            groups=self.d_inner,
+            padding=d_conv - 1,
+            **factory_kwargs,
+        )
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(
+            self.d_inner, self.dt_rank + 2 * self.d_state, bias=False, **factory_kwargs
+        )
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory_kwargs)
+
+        # Keeps the variance of delta at initialization whatever the rank.
+        dt_init_std = self.dt_rank**-0.5 * dt_scale
+        if dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, dt_init_std)
+        elif dt_init == "random":
+            nn.init.uniform_(self.dt_proj.weight, -dt_init_std, dt_init_std)
+        else:
+            raise NotImplementedError(
+                f'Mamba: dt_init must be "random" or "constant", got {dt_init!r}'
+            )
+
+        # softplus(dt_proj.bias) is log-uniform in [dt_min, dt_max].
+        dt = torch.exp(
+            torch.rand(self.d_inner, **factory_kwargs) * (math.log(dt_max) - math.log(dt_min))
+            + math.log(dt_min)
+        ).clamp(min=dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_proj.bias._no_reinit = True
+
+        # S4D real initialization, A = -(1, ..., d_state) per channel, and D = 1.
+        float_dtype = torch.promote_types(self.dt_proj.weight.dtype, torch.float32)
+        A = torch.arange(1, self.d_state + 1, dtype=float_dtype, device=device)
+        self.A_log = nn.Parameter(torch.log(A).repeat(self.d_inner, 1))
+        self.A_log._no_weight_decay = True
+        self.D = nn.Parameter(torch.ones(self.d_inner, dtype=float_dtype, device=device))
+        self.D._no_weight_decay = True
+
+        self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=bias, **factory_kwargs)
+
+    def forward(self, hidden_states, inference_params=None):
+        """hidden_states (batch, seqlen, d_model) to the same shape.
+
+        With inference_params the states of this layer are read from its cache (zero at
+        seqlen_offset 0) and left there, outside of any autograd graph, ready for the next tokens.
+        """
+        if inference_params is not None:
+            states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
+            if inference_params.seqlen_offset > 0 and hidden_states.shape[1] == 1:
+                return self.step(hidden_states, *states)[0]
+            return self._forward_unfused(
+                self._project_in(hidden_states), *states, inference_params.seqlen_offset > 0
+            )
+
+        xz = self._project_in(hidden_states)
+        if not (self.use_fast_path and self._is_fusible()):
+            return self._forward_unfused(xz)
+        return ops.mamba_inner(
+            xz,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self._A(),
+            D=_upcast(self.D),
+            delta_bias=_upcast(self.dt_proj.bias),
+            delta_softplus=True,
+        )
+
+    def step(self, hidden_states, conv_state, ssm_state):
+        """One token, hidden_states (batch, 1, d_model). Both states are updated in place.
+
+        conv_state (batch, d_inner, d_conv) holds the last inputs of the convolution and ssm_state
+        (batch, d_inner, d_state) the state of the scan. Returns (out, conv_state, ssm_state).
+        """
+        if hidden_states.shape[1] != 1:
+            raise ValueError(
+                "Mamba.step: hidden_states must have shape (batch, 1, d_model), "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
+        past = conv_state.detach().to(x.dtype)  # another dtype goes through a copy
+        if _is_plain(self.conv1d, nn.Conv1d):
+            x = ops.causal_conv1d_update(
+                x, past, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True
+            )
+            if past.dtype != conv_state.dtype:
+                conv_state.copy_(past)
+        else:
+            window = torch.cat([past[..., 1:], x[..., None]], dim=-1)
+            conv_state.copy_(window.detach())
+            x = self.act(self.conv1d(window)[..., self.d_conv - 1]).to(x.dtype)
+        dt, B, C = self._split(self.x_proj(x).to(x.dtype))
+        if _is_plain(self.dt_proj, nn.Linear):
+            dt, dt_bias = F.linear(dt, self.dt_proj.weight), _upcast(self.dt_proj.bias)
+        else:
+            dt, dt_bias = self.dt_proj(dt), None
+        y = ops.selective_state_update(
+            ssm_state.detach(),
+            x,
+            dt.to(x.dtype),
+            self._A(),
+            B,
+            C,
+            D=_upcast(self.D),
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=True,
+        )
+        return self.out_proj(y)[:, None], conv_state, ssm_state
+
+    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+        """Zero states (conv_state, ssm_state) for step; max_seqlen does not matter."""
+        device = self.out_proj.weight.device
+        conv_state = torch.zeros(
+            batch_size,
+            self.d_inner,
+            self.d_conv,
+            device=device,
+            dtype=dtype or self.conv1d.weight.dtype,
+        )
+        ssm_state = torch.zeros(
+            batch_size,
+            self.d_inner,
+            self.d_state,
+            device=device,
+            dtype=dtype or self.dt_proj.weight.dtype,
+        )
+        return conv_state, ssm_state
+
+    def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):
+        if self.layer_idx is None:
+            raise ValueError("Mamba: an inference cache needs a module made with layer_idx=...")
+        cache = inference_params.key_value_memory_dict
+        states = cache.get(self.layer_idx)
+        if states is None or (
+            states[0].shape[0] != batch_size and inference_params.seqlen_offset == 0
+        ):
+            states = self.allocate_inference_cache(batch_size, inference_params.max_seqlen)
+            cache[self.layer_idx] = states
+        elif states[0].shape[0] != batch_size:
+            raise ValueError(
+                f"Mamba: layer {self.layer_idx} has cached states of batch size "
+                f"{states[0].shape[0]}, but hidden_states have batch size {batch_size}"
+            )
+        if initialize_states:
+            for state in states:
+                state.zero_()
+        return states
+
+    def _A(self):
+        return -torch.exp(_upcast(self.A_log))
+
+    def _split(self, projected):
+        """Output of x_proj, (..., dt_rank + 2 * d_state), as dt, B, C."""
+        return projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+
+    def _is_fusible(self):
+        return _is_plain(self.conv1d, nn.Conv1d) and all(
+            _is_plain(module, nn.Linear) for module in (self.x_proj, self.dt_proj, self.out_proj)
+        )
+
+    def _project_in(self, hidden_states):
+        """in_proj as (batch, 2 * d_inner, seqlen), for a plain in_proj with contiguous tokens."""
+        if not _is_plain(self.in_proj, nn.Linear):
+            return self.in_proj(hidden_states).transpose(1, 2)
+        xz = _project_channel_first(self.in_proj.weight, hidden_states)
+        if self.in_proj.bias is not None:
+            xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
+        return xz
+
+    def _forward_unfused(self, xz, conv_state=None, ssm_state=None, continues=False):
+        """The block after in_proj, each part through its own module or operation.
+
+        Leaves the states after the last token in conv_state and ssm_state where given, and starts
+        from them if `continues`.
+        """
+        x, z = xz.chunk(2, dim=1)  # (batch, d_inner, seqlen)
+        x_in = x
+        # Inputs before the first token, (batch, d_inner, d_conv - 1).
+        history = _read_cache(conv_state[..., 1:], x.dtype) if continues else None
+        if _is_plain(self.conv1d, nn.Conv1d):
+            x, _ = ops.causal_conv1d(
+                x,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                initial_states=history,
+                silu=True,
+            )
+        else:
+            window = x if history is None else torch.cat([history, x], dim=-1)
+            start = window.shape[-1] - x.shape[-1]
+            x = self.act(self.conv1d(window)[..., start : start + x.shape[-1]]).to(x.dtype)
+
+        dt, B, C = self._split(self.x_proj(x.transpose(1, 2)).to(x.dtype))
+        if _is_plain(self.dt_proj, nn.Linear):
+            delta = _project_channel_first(self.dt_proj.weight, dt)
+            delta_bias = _upcast(self.dt_proj.bias)
+        else:
+            delta, delta_bias = self.dt_proj(dt).transpose(1, 2), None
+        A = self._A()
+        y, last_state = ops.selective_scan(
+            x,
+            delta.to(x.dtype),
+            A,
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            D=_upcast(self.D),
+            z=z,
+            delta_bias=delta_bias,
+            initial_state=_read_cache(ssm_state, A.dtype) if continues else None,
+            delta_softplus=True,
+        )
+        if ssm_state is not None:
+            past = conv_state.to(x_in.dtype) if continues else torch.zeros_like(conv_state)
+            columns = torch.cat([past, x_in[..., -self.d_conv :]], dim=-1)
+            conv_state.copy_(columns[..., -self.d_conv :].detach())
+            ssm_state.copy_(last_state.detach())
+        return self.out_proj(y.transpose(1, 2))

@@ -1,0 +1,1 @@
+"""Operations as Python functions, over ``torch.ops.mamba_ssm``."""

@@ -1,0 +1,1 @@
+"""Operations whose import path says Triton for historical reasons; nothing here needs Triton."""

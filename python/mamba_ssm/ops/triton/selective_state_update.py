@@ -1,0 +1,75 @@
+"""One decode step of a selective scan (arXiv 2312.00752, section 3.3.2)."""
+
+import torch
+import torch.nn.functional as F
+
+
+def selective_state_update(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    state_batch_indices=None,
+):
+    """Advances `state` by one token, in place, and returns the output.
+
+        d     = dt + dt_bias, through softplus when dt_softplus
+        state = exp(d A) state + d B x
+        out   = C state + D x, times silu(z) with z
+
+    Arguments, without heads | with heads:
+        state: (num_slots, dim, dstate) | (num_slots, nheads, headdim, dstate), any strides.
+        x, dt, z: (batch, dim) | (batch, nheads, headdim).
+        A: (dim, dstate) | (nheads, headdim, dstate).
+        B, C: (batch, dstate) | (batch, ngroups, dstate).
+        D, dt_bias: (dim,) | (nheads, headdim).
+        state_batch_indices: (batch,) int32 or int64, the slot of each row; without it slot b
+            belongs to row b. A negative index is padding: its output is 0, no state changes.
+
+    Returns out, in x's shape and dtype. The state is kept in its own dtype; sums run in float32.
+    Has no derivative. Raises RuntimeError, naming the argument, on wrong arguments.
+    """
+    return torch.ops.mamba_ssm.selective_state_update(
+        state,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        state_batch_indices,
+        dt_softplus=bool(dt_softplus),
+    )
+
+
+def selective_state_update_ref(
+    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False
+):
+    """selective_state_update in plain PyTorch, without state_batch_indices."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    d = dt.to(dtype)
+    if dt_bias is not None:
+        d = d + dt_bias.to(dtype)
+    if dt_softplus:
+        d = F.softplus(d)
+    d = d[..., None]  # ([batch, nheads,] channels, 1)
+    B, C = B.to(dtype), C.to(dtype)
+    if state.dim() == 4:  # (batch, ngroups, dstate) -> (batch, nheads, dstate)
+        B, C = (M.repeat_interleave(state.shape[1] // M.shape[1], dim=1) for M in (B, C))
+    B, C = B[..., None, :], C[..., None, :]
+    new_state = torch.exp(d * A.to(dtype)) * state.to(dtype) + d * B * x.to(dtype)[..., None]
+    state.copy_(new_state)
+    out = (new_state * C).sum(-1)
+    if D is not None:
+        out = out + D.to(dtype) * x.to(dtype)
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(x.dtype)

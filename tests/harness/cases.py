@@ -1,0 +1,610 @@
+"""Calls to judge: sizes, options, types and layouts on one side, tensors on the other.
+
+A case is a frozen row of a table; `case.call(device)` makes the tensors, the same values on every
+device. `variations` spells a table as a base row and what changes from it.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from . import poison
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PARAMETER_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Ways to pack a row. "padded" adds padding in front, between and behind; "blank" makes row 0 all
+# padding.
+PACKINGS = (None, "single", "packed", "padded", "blank")
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of an operation, its arguments inside red zones."""
+
+    op: str
+    arguments: dict[str, Any]
+    differentiable: tuple[str, ...]
+    mutable: tuple[str, ...]
+    results: tuple[str, ...]
+    cotangents: dict[str, torch.Tensor | None]
+    arena: poison.Arena
+    exact: bool
+    note: str
+
+    def function(self):
+        return getattr(torch.ops.mamba_ssm, self.op).default
+
+    def invoke(self, **replaced):
+        """The op's results by name; a tensor that the op updates is not among them."""
+        results = self.function()(**{**self.arguments, **replaced})
+        results = results if isinstance(results, tuple) else (results,)
+        return dict(zip(self.results, results, strict=True))
+
+
+class Draw:
+    """Random values from one seed, made in float64 on the CPU."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.random = random.Random(seed)
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, low, high, *shape):
+        return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=self.generator)
+
+    def complex(self, *shape):
+        return torch.complex(self.normal(*shape), self.normal(*shape))
+
+    def choice(self, values, *shape):
+        index = torch.randint(len(values), shape, generator=self.generator)
+        return torch.tensor(values, dtype=torch.float64)[index]
+
+    def sparse(self, *shape):
+        """Small integers, mostly 0: sums of many products of them are exact in float32."""
+        return self.choice([-1, 0, 0, 1], *shape)
+
+    def complex_sparse(self, *shape):
+        return torch.complex(self.sparse(*shape), self.sparse(*shape))
+
+
+def packed_ids(draw, batch, seqlen, packing):
+    """seq_idx of that packing: unsorted ids that do not start at 0, runs of random length >= 1."""
+    ids = torch.empty(batch, seqlen, dtype=torch.int64)
+    for b in range(batch):
+        if packing == "blank" and b == 0:
+            ids[b] = -1
+            continue
+        names = draw.random.sample(range(max(1000, seqlen)), max(seqlen, 1))
+        row = []
+        if packing == "padded":
+            row += [-1] * draw.random.randrange(3)
+        while len(row) < seqlen:
+            longest = seqlen if packing == "single" else max(1, seqlen // 2)
+            length = seqlen if packing == "single" else draw.random.randint(1, longest)
+            row += [names.pop()] * length
+            if packing in ("padded", "blank"):
+                row += [draw.random.choice([-1, -7])] * draw.random.choice([0, 0, 1, 3])
+        ids[b] = torch.tensor(row[:seqlen], dtype=torch.int64)
+    if packing == "padded" and seqlen > 1:
+        ids[-1:, -1] = -2
+    return ids
+
+
+def cuts(draw, count, total):
+    """cu_seqlens of `count` sequences with `total` tokens; some are empty."""
+    inner = sorted(draw.random.randint(0, total) for _ in range(count - 1))
+    return torch.tensor([0, *inner, total])
+
+
+def slots(draw, batch, num_slots):
+    """Distinct slots in any order, about every third row padding."""
+    order = draw.random.sample(range(num_slots), batch)
+    indices = [draw.random.choice([-1, -5]) if draw.random.random() < 0.3 else i for i in order]
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the cases of all operations share. `dtypes` and `layouts` are exceptions by argument."""
+
+    op: ClassVar[str]
+    results: ClassVar[tuple[str, ...]]
+    differentiable: ClassVar[tuple[str, ...]] = ()
+    mutable: ClassVar[tuple[str, ...]] = ()
+
+    dtype: torch.dtype = torch.float32
+    dtypes: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    index_dtype: torch.dtype = torch.int32
+    layout: str = "contiguous"
+    layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    exact: bool = False  # integers and powers of two, so that every sum is exact
+    only_result: str | None = None  # the one result that the loss reads
+    seed: int = 0
+
+    def values(self, draw):
+        """{argument: float64, complex128, int64 or plain value}, for the op's schema."""
+        raise NotImplementedError
+
+    def own_dtype(self, name, values):
+        """The type of an argument when `dtypes` says nothing."""
+        raise NotImplementedError
+
+    def dtype_of(self, name, values):
+        if name in self.dtypes:
+            return self.dtypes[name]
+        if values.dtype == torch.int64:
+            return self.index_dtype
+        return self.own_dtype(name, values)
+
+    def call(self, device="cpu"):
+        draw = Draw(self.seed)
+        arena = poison.Arena(device)
+        arguments = {}
+        for name, values in self.values(draw).items():
+            if not isinstance(values, torch.Tensor):
+                arguments[name] = values
+                continue
+            layout = self.layouts.get(name, self.layout)
+            distinct = name in self.mutable or values.dtype == torch.int64
+            if distinct and layout in poison.OVERLAPPING:
+                layout = "sliced"
+            arguments[name] = arena.place(name, values.to(self.dtype_of(name, values)), layout)
+
+        dtypes = {n: a.dtype for n, a in arguments.items() if isinstance(a, torch.Tensor)}
+        from . import oracle  # the contract's result types
+
+        cotangents = {}
+        if self.differentiable:
+            for name, shape in self.result_shapes().items():
+                if self.only_result not in (None, name):
+                    cotangents[name] = None
+                    continue
+                dtype = oracle.result_dtype(self.op, name, dtypes)
+                if dtype.is_complex:
+                    values = draw.complex_sparse(*shape) if self.exact else draw.complex(*shape)
+                else:
+                    values = draw.sparse(*shape) if self.exact else draw.normal(*shape)
+                layout = self.layouts.get("d" + name, self.layout)
+                cotangents[name] = arena.place("d" + name, values.to(dtype), layout)
+        return Call(
+            op=self.op,
+            arguments=arguments,
+            differentiable=self.differentiable_of(arguments),
+            mutable=self.mutable,
+            results=self.results,
+            cotangents=cotangents,
+            arena=arena,
+            exact=self.exact,
+            note=repr(self),
+        )
+
+    def differentiable_of(self, arguments):
+        return tuple(n for n in self.differentiable if arguments.get(n) is not None)
+
+    def result_shapes(self):
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conv(Case):
+    op: ClassVar[str] = "causal_conv1d"
+    results: ClassVar[tuple[str, ...]] = ("out", "final_states")
+    differentiable: ClassVar[tuple[str, ...]] = ("x", "weight", "bias", "initial_states")
+
+    batch: int = 2
+    dim: int = 5
+    seqlen: int = 19
+    width: int = 4
+    bias: bool = True
+    silu: bool = True
+    packing: str | None = None
+    initial_states: bool = True
+
+    def values(self, draw):
+        exact = self.exact
+        silu = self.silu and (self.bias or not exact)
+        normal = draw.sparse if exact else draw.normal
+        values = {
+            "x": normal(self.batch, self.dim, self.seqlen),
+            "weight": normal(self.dim, self.width) if exact else 0.5 * normal(self.dim, self.width),
+            "silu": silu,
+        }
+        if self.bias:
+            values["bias"] = normal(self.dim)
+            if exact and silu:
+                values["bias"] += 128  # far right of 0, a * sigmoid(a) is a
+        if self.packing:
+            values["seq_idx"] = packed_ids(draw, self.batch, self.seqlen, self.packing)
+        if self.initial_states:
+            values["initial_states"] = normal(self.batch, self.dim, self.width - 1)
+        return values
+
+    def own_dtype(self, name, values):
+        if name in ("weight", "bias") and self.dtype != torch.float64:
+            return torch.float32
+        return self.dtype
+
+    def result_shapes(self):
+        return {
+            "out": (self.batch, self.dim, self.seqlen),
+            "final_states": (self.batch, self.dim, self.width - 1),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvUpdate(Case):
+    op: ClassVar[str] = "causal_conv1d_update"
+    results: ClassVar[tuple[str, ...]] = ("out",)
+    mutable: ClassVar[tuple[str, ...]] = ("conv_state",)
+
+    batch: int = 3
+    dim: int = 5
+    seqlen: int | None = None  # None: x is (batch, dim)
+    width: int = 4
+    state_len: int | None = None  # None: width - 1
+    num_slots: int | None = None  # None: batch, without conv_state_indices
+    bias: bool = True
+    silu: bool = True
+    ring: bool = False
+
+    def values(self, draw):
+        normal = draw.sparse if self.exact else draw.normal
+        state_len = self.width - 1 if self.state_len is None else self.state_len
+        num_slots = self.batch if self.num_slots is None else self.num_slots
+        silu = self.silu and (self.bias or not self.exact)
+        tokens = () if self.seqlen is None else (self.seqlen,)
+        values = {
+            "x": normal(self.batch, self.dim, *tokens),
+            "conv_state": normal(num_slots, self.dim, state_len),
+            "weight": normal(self.dim, self.width) * (1 if self.exact else 0.5),
+            "silu": silu,
+        }
+        if self.bias:
+            values["bias"] = normal(self.dim)
+            if self.exact and silu:
+                values["bias"] += 128
+        if self.ring:
+            values["cache_seqlens"] = torch.tensor(
+                [draw.random.randint(-40, 100) for _ in range(self.batch)], dtype=torch.int64
+            )
+        if self.num_slots is not None:
+            values["conv_state_indices"] = slots(draw, self.batch, num_slots)
+        return values
+
+    own_dtype = Conv.own_dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VarlenStates(Case):
+    op: ClassVar[str] = "causal_conv1d_varlen_states"
+    results: ClassVar[tuple[str, ...]] = ("out",)
+
+    total_tokens: int = 23
+    dim: int = 5
+    num_sequences: int = 4
+    state_len: int = 4
+
+    def values(self, draw):
+        return {
+            "x": draw.normal(self.total_tokens, self.dim),
+            "cu_seqlens": cuts(draw, self.num_sequences, self.total_tokens),
+            "state_len": self.state_len,
+        }
+
+    def own_dtype(self, name, values):
+        return self.dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan(Case):
+    op: ClassVar[str] = "selective_scan"
+    results: ClassVar[tuple[str, ...]] = ("out", "last_state")
+    differentiable: ClassVar[tuple[str, ...]] = (
+        "u",
+        "delta",
+        "A",
+        "B",
+        "C",
+        "D",
+        "z",
+        "delta_bias",
+        "initial_state",
+    )
+
+    batch: int = 2
+    dim: int = 6
+    seqlen: int = 19
+    dstate: int = 4
+    B: int | str = 1  # groups; "flat": (batch, dstate, seqlen); "constant": (dim, dstate)
+    C: int | str = 1
+    complex_A: bool = False
+    D: bool = True
+    z: bool = True
+    delta_bias: bool = True
+    delta_softplus: bool = True
+    initial_state: bool = True
+    packing: str | None = None
+    wide_delta: bool = False  # delta from far below to far above the threshold of softplus
+
+    def values(self, draw):
+        exact = self.exact
+        normal = draw.sparse if exact else draw.normal
+        batch, dim, seqlen, dstate = self.batch, self.dim, self.seqlen, self.dstate
+        values = {"u": normal(batch, dim, seqlen), "delta_softplus": self.delta_softplus}
+        if exact:  # softplus leaves 32 as it is and makes -256 a float32 zero
+            values["delta"] = draw.choice(
+                [32, 32, -256] if self.delta_softplus else [0, 1, 1], batch, dim, seqlen
+            )
+            values["A"] = draw.choice([0, 0, -1024], dim, dstate)  # decays 1 and 0
+        else:
+            if self.wide_delta:
+                values["delta"] = draw.uniform(-120, 40, batch, dim, seqlen)
+            elif self.delta_softplus:
+                values["delta"] = draw.uniform(-3, 2, batch, dim, seqlen)
+            else:
+                values["delta"] = draw.uniform(-0.05, 0.6, batch, dim, seqlen)
+            values["A"] = -draw.uniform(0.05, 1.5, dim, dstate)
+        if self.complex_A:
+            imaginary = torch.zeros(dim, dstate) if exact else 2 * draw.normal(dim, dstate)
+            values["A"] = torch.complex(values["A"], imaginary.double())
+        for name, form in (("B", self.B), ("C", self.C)):
+            columns = 2 * seqlen if self.complex_A else seqlen
+            if form == "constant" and self.complex_A:
+                values[name] = (draw.complex_sparse if exact else draw.complex)(dim, dstate)
+            elif form == "constant":
+                values[name] = normal(dim, dstate)
+            elif form == "flat":
+                values[name] = normal(batch, dstate, columns)
+            else:
+                values[name] = normal(batch, form, dstate, columns)
+            if not exact:
+                values[name] = values[name] / math.sqrt(max(dstate, 1))
+        if self.D:
+            values["D"] = normal(dim)
+        if self.z:  # silu leaves 24 as it is in float32
+            values["z"] = (
+                draw.choice([0, 24], batch, dim, seqlen) if exact else normal(batch, dim, seqlen)
+            )
+        if self.delta_bias:
+            if exact:
+                values["delta_bias"] = draw.choice([0, 32] if self.delta_softplus else [0, 1], dim)
+            else:
+                values["delta_bias"] = draw.uniform(-0.1, 0.1, dim)
+        if self.initial_state:
+            shape = (batch, dim, dstate)
+            if self.complex_A:
+                values["initial_state"] = (draw.complex_sparse if exact else draw.complex)(*shape)
+            else:
+                values["initial_state"] = normal(*shape)
+        if self.packing:
+            values["seq_idx"] = packed_ids(draw, batch, seqlen, self.packing)
+        return values
+
+    def own_dtype(self, name, values):
+        wide = self.dtype == torch.float64
+        if values.is_complex():
+            return torch.complex128 if wide else torch.complex64
+        constant = name in ("B", "C") and values.dim() == 2
+        if name in ("A", "D", "delta_bias", "initial_state") or constant:
+            return torch.float64 if wide else torch.float32
+        return self.dtype
+
+    def dtype_of(self, name, values):
+        if name in ("B", "C") and values.dim() == 2 and not values.is_complex():
+            name = "A"  # a constant B or C has A's type
+        if values.is_complex():
+            return self.own_dtype(name, values)
+        return super().dtype_of(name, values)
+
+    def result_shapes(self):
+        return {
+            "out": (self.batch, self.dim, self.seqlen),
+            "last_state": (self.batch, self.dim, self.dstate),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateUpdate(Case):
+    op: ClassVar[str] = "selective_state_update"
+    results: ClassVar[tuple[str, ...]] = ("out",)
+    mutable: ClassVar[tuple[str, ...]] = ("state",)
+
+    batch: int = 3
+    nheads: int | None = None  # None: no axis of heads
+    ngroups: int = 1
+    dim: int = 5  # headdim with heads
+    dstate: int = 4
+    num_slots: int | None = None
+    D: bool = True
+    z: bool = True
+    dt_bias: bool = True
+    dt_softplus: bool = True
+    tied: bool = False  # one decay per head: A, dt and dt_bias expanded over headdim (and dstate)
+
+    def values(self, draw):
+        exact = self.exact
+        normal = draw.sparse if exact else draw.normal
+        heads = () if self.nheads is None else (self.nheads,)
+        groups = () if self.nheads is None else (self.ngroups,)
+        num_slots = self.batch if self.num_slots is None else self.num_slots
+        inner = (*heads, self.dim)
+        values = {
+            "state": normal(num_slots, *inner, self.dstate),
+            "x": normal(self.batch, *inner),
+            "B": normal(self.batch, *groups, self.dstate),
+            "C": normal(self.batch, *groups, self.dstate),
+            "dt_softplus": self.dt_softplus,
+        }
+        rows = (*heads, 1) if self.tied else inner
+        states = 1 if self.tied else self.dstate
+        if exact:
+            values["dt"] = draw.choice(
+                [32, -256] if self.dt_softplus else [0, 1], self.batch, *rows
+            )
+            values["A"] = draw.choice([0, -1024], *rows, states)
+            bias = draw.choice([0, 32] if self.dt_softplus else [0, 1], *rows)
+        else:
+            low, high = (-3, 30) if self.dt_softplus else (-0.05, 0.6)
+            values["dt"] = draw.uniform(low, high, self.batch, *rows)
+            values["A"] = -draw.uniform(0.05, 1.5, *rows, states)
+            bias = draw.uniform(-0.1, 0.1, *rows)
+        if self.dt_bias:
+            values["dt_bias"] = bias
+        if self.D:
+            values["D"] = normal(*inner)
+        if self.z:
+            shape = (self.batch, *inner)
+            values["z"] = draw.choice([0, 24], *shape) if exact else draw.normal(*shape)
+        if self.num_slots is not None:
+            values["state_batch_indices"] = slots(draw, self.batch, num_slots)
+        return values
+
+    def call(self, device="cpu"):
+        call = super().call(device)
+        if self.tied:
+            inner = call.arguments["x"].shape[1:]
+            for name in ("dt", "dt_bias"):
+                if name in call.arguments:
+                    M = call.arguments[name]
+                    call.arguments[name] = M.expand(*M.shape[:-1], self.dim)
+            call.arguments["A"] = call.arguments["A"].expand(*inner, self.dstate)
+        return call
+
+    def own_dtype(self, name, values):
+        if name in ("A", "D", "dt_bias") and self.dtype != torch.float64:
+            return torch.float32
+        return self.dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner(Case):
+    op: ClassVar[str] = "mamba_inner"
+    results: ClassVar[tuple[str, ...]] = ("out",)
+    differentiable: ClassVar[tuple[str, ...]] = (
+        "xz",
+        "conv1d_weight",
+        "conv1d_bias",
+        "x_proj_weight",
+        "delta_proj_weight",
+        "out_proj_weight",
+        "out_proj_bias",
+        "A",
+        "B",
+        "C",
+        "D",
+        "delta_bias",
+        "B_proj_bias",
+        "C_proj_bias",
+        "b_rms_weight",
+        "c_rms_weight",
+        "dt_rms_weight",
+    )
+
+    batch: int = 2
+    dim: int = 6
+    seqlen: int = 17
+    width: int = 4
+    dstate: int = 4
+    dt_rank: int = 3
+    d_model: int = 5
+    conv_bias: bool = True
+    out_bias: bool = True
+    B: str | None = None  # None: from x; "constant"; "flat"
+    C: str | None = None
+    complex_A: bool = False
+    D: bool = True
+    delta_bias: bool = True
+    proj_bias: bool = False
+    rms: bool = False
+    delta_softplus: bool = True
+    checkpoint_lvl: int = 1
+
+    def values(self, draw):
+        dim, rows = self.dim, self.dstate * (2 if self.complex_A else 1)
+        from_x = rows * ((self.B is None) + (self.C is None))
+
+        def weight(rows, columns):
+            return draw.normal(rows, columns) / math.sqrt(max(columns, 1))
+
+        values = {
+            "xz": draw.normal(self.batch, 2 * dim, self.seqlen),
+            "conv1d_weight": draw.normal(dim, 1, self.width) / 2,
+            "conv1d_bias": draw.normal(dim) / 2 if self.conv_bias else None,
+            "x_proj_weight": weight(self.dt_rank + from_x, dim),
+            "delta_proj_weight": weight(dim, self.dt_rank),
+            "out_proj_weight": weight(self.d_model, dim),
+            "out_proj_bias": draw.normal(self.d_model) if self.out_bias else None,
+            "A": -draw.uniform(0.1, 1.5, dim, self.dstate),
+            "delta_softplus": self.delta_softplus,
+            "checkpoint_lvl": self.checkpoint_lvl,
+        }
+        if self.complex_A:
+            values["A"] = torch.complex(values["A"], draw.normal(dim, self.dstate))
+        for name, form in (("B", self.B), ("C", self.C)):
+            columns = self.seqlen * (2 if self.complex_A else 1)
+            if form == "constant":
+                values[name] = (draw.complex if self.complex_A else draw.normal)(dim, self.dstate)
+            elif form == "flat":
+                values[name] = draw.normal(self.batch, self.dstate, columns)
+            elif self.proj_bias:
+                values[name + "_proj_bias"] = draw.normal(rows)
+            if form is None and self.rms:
+                values[name.lower() + "_rms_weight"] = draw.uniform(0.5, 1.5, rows)
+        if self.rms:
+            values["dt_rms_weight"] = draw.uniform(0.5, 1.5, dim)
+        if self.D:
+            values["D"] = draw.normal(dim)
+        if self.delta_bias:
+            low, high = (-2, 0) if self.delta_softplus else (0.0, 0.1)
+            values["delta_bias"] = draw.uniform(low, high, dim)
+        if not self.delta_softplus:  # keeps the decay below 1 or close to it
+            values["delta_proj_weight"] *= 0.05
+        return values
+
+    def own_dtype(self, name, values):
+        wide = self.dtype == torch.float64
+        if values.is_complex():
+            return torch.complex128 if wide else torch.complex64
+        constant = name in ("B", "C") and values.dim() == 2
+        if name in ("A", "D", "delta_bias") or constant:
+            return torch.float64 if wide else torch.float32
+        return self.dtype
+
+    def result_shapes(self):
+        return {"out": (self.batch, self.seqlen, self.d_model)}
+
+
+def variations(base, *rows, **changes):
+    """Rows that each change one thing of `base`: {id: case}, the base row itself first.
+
+    changes: field=[settings]; rows: {field: setting, ...} for rows that have to change several.
+    """
+    table = {"base": base}
+    single = ({field: setting} for field, settings in changes.items() for setting in settings)
+    for change in (*single, *rows):
+        label = " ".join(f"{field}={short(setting)}" for field, setting in change.items())
+        table[label] = dataclasses.replace(base, **change)
+    return table
+
+
+def short(value):
+    if isinstance(value, Mapping):
+        return ",".join(f"{k}:{short(v)}" for k, v in value.items())
+    return str(value).removeprefix("torch.")
+
+
+def with_dtypes(rows, dtypes=FLOATS):
+    """Every row in every type: {"row-dtype": case}; a row's own exceptions stay."""
+    return {
+        f"{label}-{short(dtype)}": dataclasses.replace(case, dtype=dtype)
+        for label, case in rows.items()
+        for dtype in dtypes
+        if dtype != torch.float64 or not case.dtypes  # float64 allows no exceptions
+    }

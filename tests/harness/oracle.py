@@ -1,0 +1,466 @@
+"""What every operation should return: its definition, walked step by step.
+
+The references know nothing of kernels: one Python loop over time, one row of a batch at a time
+where sequences are packed, each packed sequence on its own. They compute in the precision of their
+arguments and are differentiable by autograd, which gives two judges from one text:
+
+    exact(...)   float64 inside, nothing rounded: the truth
+    plain(...)   float32 inside, arguments and results in their own types: what a careful user would
+                 write in PyTorch; its error is the yardstick of the 2x rule
+
+`blurred` is the truth for arguments that are off by the last place of the precision inside: how far
+it moves says how much of the truth that precision can know at all.
+
+An operation that updates a state in place returns the new state among its results here.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclasses.dataclass
+class Outcome:
+    """Results of a call by name, and the gradients of its differentiable arguments by name."""
+
+    results: dict
+    gradients: dict
+
+
+def exact(op, arguments, differentiable=(), cotangents=None):
+    return _evaluate(op, arguments, differentiable, cotangents, torch.float64, rounded=False)
+
+
+def plain(op, arguments, differentiable=(), cotangents=None):
+    inside = _precision_inside(arguments)
+    return _evaluate(op, arguments, differentiable, cotangents, inside, rounded=True)
+
+
+def blurred(op, arguments, differentiable=(), cotangents=None):
+    step = torch.finfo(_precision_inside(arguments)).eps
+    if op == "mamba_inner":  # rounds what it hands from part to part
+        step = torch.finfo(arguments["xz"].dtype).eps / 2
+    generator = torch.Generator().manual_seed(0)
+
+    def blur(value):
+        if not isinstance(value, torch.Tensor) or not (value.is_complex() or _is_real(value)):
+            return value
+        value = _in_precision(value.detach().cpu(), torch.float64)
+        noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        return value * (1 + step * (2 * noise - 1))
+
+    arguments = {name: blur(value) for name, value in arguments.items()}
+    cotangents = cotangents and {name: blur(value) for name, value in cotangents.items()}
+    return exact(op, arguments, differentiable, cotangents)
+
+
+def _precision_inside(arguments):
+    wide = any(_is_real(a) and a.dtype == torch.float64 for a in arguments.values())
+    return torch.float64 if wide else torch.float32
+
+
+def _is_real(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _in_precision(value, real):
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_complex():
+        return value.to(torch.complex128 if real == torch.float64 else torch.complex64)
+    return value.to(real) if value.is_floating_point() else value
+
+
+def _evaluate(*arguments, **options):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small steps
+    try:
+        return _evaluate_serially(*arguments, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _evaluate_serially(op, arguments, differentiable, cotangents, inside, rounded):
+    arguments = {
+        name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    own = {name: value.dtype for name, value in arguments.items() if torch.is_tensor(value)}
+    if not rounded:
+        arguments = {name: _in_precision(value, inside) for name, value in arguments.items()}
+    leaves = [name for name in differentiable if arguments.get(name) is not None]
+    for name in leaves:
+        arguments[name].requires_grad_()
+
+    with torch.enable_grad():
+        if op == "mamba_inner":  # rounds between its parts, as separate calls would
+            results = mamba_inner(inside=inside if rounded else None, **arguments)
+        else:
+            inner = {name: _in_precision(value, inside) for name, value in arguments.items()}
+            results = REFERENCES[op](**inner)
+    if rounded:
+        results = {name: r.to(result_dtype(op, name, own)) for name, r in results.items()}
+
+    gradients = {}
+    if cotangents is not None:
+        # A result of padding alone depends on nothing.
+        used = [n for n, g in cotangents.items() if g is not None and results[n].requires_grad]
+        gradients = [None] * len(leaves)
+        if used:
+            gradients = torch.autograd.grad(
+                [results[name] for name in used],
+                [arguments[name] for name in leaves],
+                [cotangents[name].detach().cpu().to(results[name].dtype) for name in used],
+                allow_unused=True,
+            )
+        gradients = {
+            name: torch.zeros_like(arguments[name]) if g is None else g
+            for name, g in zip(leaves, gradients)
+        }
+    return Outcome({name: r.detach() for name, r in results.items()}, gradients)
+
+
+def result_dtype(op, result, dtypes):
+    """The type that the contract gives a result, from the types of the arguments by name."""
+    if op == "selective_scan" and result == "last_state":
+        wide = dtypes["u"] == torch.float64
+        if dtypes["A"].is_complex:
+            return torch.complex128 if wide else torch.complex64
+        return torch.float64 if wide else torch.float32
+    if result in ("state", "conv_state"):
+        return dtypes[result]
+    return dtypes["u" if op == "selective_scan" else "xz" if op == "mamba_inner" else "x"]
+
+
+# Packed sequences -------------------------------------------------------------------------------
+
+
+def real_runs(ids):
+    """[(first, last), ...]: where each sequence of a row starts and ends; ids < 0 are padding."""
+    runs = []
+    previous = None
+    for t, token in enumerate(ids):
+        if token < 0:
+            continue
+        if token == previous:
+            runs[-1][1] = t
+        else:
+            runs.append([t, t])
+        previous = token
+    return [tuple(run) for run in runs]
+
+
+# Causal convolution -----------------------------------------------------------------------------
+
+
+def _activation(a, silu):
+    return a * torch.sigmoid(a) if silu else a
+
+
+def _convolve(history, weight, bias, silu):
+    """history (dim, width-1 + seqlen) -> (dim, seqlen): a plain sum over the taps."""
+    width = weight.shape[1]
+    seqlen = history.shape[-1] - (width - 1)
+    a = torch.zeros_like(history[..., :seqlen])
+    if bias is not None:
+        a = a + bias[:, None]
+    for k in range(width):
+        a = a + weight[:, k, None] * history[..., k : k + seqlen]
+    return _activation(a, silu)
+
+
+def causal_conv1d(x, weight, bias=None, seq_idx=None, initial_states=None, silu=False):
+    batch, dim, seqlen = x.shape
+    past = weight.shape[1] - 1
+    before = initial_states if initial_states is not None else x.new_zeros(batch, dim, past)
+    if seq_idx is None:
+        history = torch.cat([before, x], dim=-1)
+        final_states = history[..., history.shape[-1] - past :]
+        return {"out": _convolve(history, weight, bias, silu), "final_states": final_states}
+
+    out, final_states = [], []
+    for b in range(batch):
+        ids = seq_idx[b].tolist()
+        tokens = torch.where(seq_idx[b] < 0, 0, x[b])
+        columns = [x.new_zeros(dim) for _ in range(seqlen)]
+        state = before[b]
+        for number, (first, last) in enumerate(real_runs(ids)):
+            if number == 0:  # the columns of padding stand between the initial state and the row
+                history = torch.cat([before[b], tokens[:, : last + 1]], dim=-1)
+                begin = 0
+            else:
+                zeros = x.new_zeros(dim, past)
+                history = torch.cat([zeros, tokens[:, first : last + 1]], dim=-1)
+                begin = first
+            y = _convolve(history, weight, bias, silu)
+            for t in range(first, last + 1):
+                if ids[t] >= 0:
+                    columns[t] = y[:, t - begin]
+            state = history[:, history.shape[-1] - past :]
+        out.append(torch.stack(columns, dim=-1) if seqlen else x[b])
+        final_states.append(state)
+    if batch == 0:
+        return {"out": x + 0, "final_states": before + 0}
+    return {"out": torch.stack(out), "final_states": torch.stack(final_states)}
+
+
+def causal_conv1d_update(
+    x, conv_state, weight, bias=None, cache_seqlens=None, conv_state_indices=None, silu=False
+):
+    tokens = x if x.dim() == 3 else x[..., None]
+    batch, dim, seqlen = tokens.shape
+    num_slots, _, state_len = conv_state.shape
+    past = weight.shape[1] - 1
+    out = torch.zeros_like(tokens)
+    state = conv_state.clone()
+    for b in range(batch):
+        slot = b if conv_state_indices is None else int(conv_state_indices[b])
+        if not 0 <= slot < num_slots:
+            continue
+        ring = 0 if cache_seqlens is None else int(cache_seqlens[b]) % state_len
+        order = [(ring + i) % state_len for i in range(state_len)]  # oldest column first
+        history = torch.cat([conv_state[slot][:, order], tokens[b]], dim=-1)
+        out[b] = _convolve(history[:, state_len - past :], weight, bias, silu)
+        if cache_seqlens is None:
+            state[slot] = history[:, seqlen:]
+        else:
+            for t in range(seqlen):
+                state[slot][:, (ring + t) % state_len] = tokens[b, :, t]
+    return {"out": out.reshape(x.shape), "conv_state": state}
+
+
+def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
+    bounds = cu_seqlens.tolist()
+    states = x.new_zeros(len(bounds) - 1, x.shape[1], state_len)
+    for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        kept = min(state_len, end - begin)
+        for j in range(1, kept + 1):
+            states[i, :, state_len - j] = x[end - j]
+    return {"out": states}
+
+
+# Selective scan ---------------------------------------------------------------------------------
+
+
+def softplus(x):
+    return torch.where(x <= 20, torch.log1p(torch.exp(x.clamp(max=20))), x)
+
+
+def _per_channel(M, dim, batch, seqlen, pairs):
+    """B or C as (batch, dim, dstate, seqlen), whatever form it came in."""
+    if M.dim() == 2:
+        return M[None, :, :, None].expand(batch, dim, M.shape[1], seqlen)
+    if M.dim() == 3:
+        M = M[:, None]
+    if pairs:
+        M = torch.view_as_complex(M.reshape(*M.shape[:-1], seqlen, 2).contiguous())
+    groups = M.shape[1]
+    return M[:, [c // (dim // groups) for c in range(dim)]]
+
+
+def _recurrence(h, u, d, A, B, C):
+    """h (batch, dim, dstate), u and d (batch, dim, seqlen) -> y (batch, dim, seqlen), last h."""
+    decay = torch.exp(d[:, :, None] * A[:, :, None])
+    drive = d[:, :, None] * B * u[:, :, None]
+    y = []
+    for a_t, b_t, C_t in zip(decay.unbind(-1), drive.unbind(-1), C.unbind(-1)):
+        h = a_t * h + b_t
+        y_t = (C_t * h).sum(-1)
+        y.append(2 * y_t.real if A.is_complex() else y_t)
+    return (torch.stack(y, dim=-1) if y else torch.zeros_like(u)), h
+
+
+def selective_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    initial_state=None,
+    seq_idx=None,
+    delta_softplus=False,
+):
+    batch, dim, seqlen = u.shape
+    d = delta if delta_bias is None else delta + delta_bias[:, None]
+    if delta_softplus:
+        d = softplus(d)
+    B = _per_channel(B, dim, batch, seqlen, A.is_complex())
+    C = _per_channel(C, dim, batch, seqlen, A.is_complex())
+    h = initial_state
+    if h is None:
+        h = torch.zeros(batch, dim, A.shape[1], dtype=A.dtype)
+
+    if seq_idx is None:
+        y, last_state = _recurrence(h, u, d, A, B, C)
+        real = None
+    else:
+        rows, states = [], []
+        for b in range(batch):
+            ids = seq_idx[b].tolist()
+            columns = [u.new_zeros(dim) for _ in range(seqlen)]
+            state = h[b : b + 1]
+            for number, (first, last) in enumerate(real_runs(ids)):
+                where = [t for t in range(first, last + 1) if ids[t] >= 0]
+                start = state if number == 0 else torch.zeros_like(state)
+                pick = (slice(b, b + 1), Ellipsis, where)
+                y_run, state = _recurrence(start, u[pick], d[pick], A, B[pick], C[pick])
+                for i, t in enumerate(where):
+                    columns[t] = y_run[0, :, i]
+            rows.append(torch.stack(columns, dim=-1) if seqlen else u[b])
+            states.append(state)
+        y = torch.stack(rows) if rows else u + 0
+        last_state = torch.cat(states) if states else h + 0
+        real = (seq_idx >= 0)[:, None]
+
+    if D is not None:
+        y = y + D[:, None] * u
+    if z is not None:
+        y = y * (z * torch.sigmoid(z))
+    if real is not None:
+        y = torch.where(real, y, 0)
+    return {"out": y, "last_state": last_state}
+
+
+def selective_state_update(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    state_batch_indices=None,
+    dt_softplus=False,
+):
+    heads = state.dim() == 4
+    new_state = state.clone()
+    out = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        slot = b if state_batch_indices is None else int(state_batch_indices[b])
+        if not 0 <= slot < state.shape[0]:
+            continue
+        d = dt[b] if dt_bias is None else dt[b] + dt_bias
+        if dt_softplus:
+            d = softplus(d)
+        if heads:
+            per_group = x.shape[1] // B.shape[1]
+            head_group = [h // per_group for h in range(x.shape[1])]
+            B_row, C_row = B[b][head_group][:, None], C[b][head_group][:, None]
+        else:
+            B_row, C_row = B[b], C[b]
+        s = state[slot] * torch.exp(d[..., None] * A) + d[..., None] * B_row * x[b][..., None]
+        y = (s * C_row).sum(-1)
+        if D is not None:
+            y = y + D * x[b]
+        if z is not None:
+            y = y * (z[b] * torch.sigmoid(z[b]))
+        new_state[slot] = s
+        out[b] = y
+    return {"out": out, "state": new_state}
+
+
+# Composites -------------------------------------------------------------------------------------
+
+
+def _rms_norm(x, weight, eps):
+    """Over dim 1 of (batch, rows, seqlen)."""
+    return x * torch.rsqrt((x * x).mean(dim=1, keepdim=True) + eps) * weight[:, None]
+
+
+def mamba_inner(
+    xz,
+    conv1d_weight,
+    conv1d_bias,
+    x_proj_weight,
+    delta_proj_weight,
+    out_proj_weight,
+    out_proj_bias,
+    A,
+    B=None,
+    C=None,
+    D=None,
+    delta_bias=None,
+    B_proj_bias=None,
+    C_proj_bias=None,
+    b_rms_weight=None,
+    c_rms_weight=None,
+    dt_rms_weight=None,
+    delta_softplus=True,
+    checkpoint_lvl=1,
+    b_c_dt_rms_eps=1e-6,
+    inside=None,
+):
+    """Every part in the precision `inside`, its result rounded to xz's type; None: no rounding."""
+
+    def part(function, *tensors):
+        if inside is None:
+            return function(*tensors)
+        return function(*[_in_precision(t, inside) for t in tensors]).to(xz.dtype)
+
+    batch, twice_dim, seqlen = xz.shape
+    dim = twice_dim // 2
+    dt_rank = delta_proj_weight.shape[1]
+    pair = 2 if A.is_complex() else 1
+    rows = A.shape[1] * pair
+
+    x = part(
+        lambda x, w, b: causal_conv1d(x, w, b, silu=True)["out"],
+        xz[:, :dim],
+        conv1d_weight[:, 0],
+        conv1d_bias,
+    )
+    projected = part(lambda x, w: torch.einsum("bdl,rd->brl", x, w), x, x_proj_weight)
+    delta = part(
+        lambda p, w: torch.einsum("brl,dr->bdl", p, w), projected[:, :dt_rank], delta_proj_weight
+    )
+    if dt_rms_weight is not None:
+        delta = part(lambda d, w: _rms_norm(d, w, b_c_dt_rms_eps), delta, dt_rms_weight)
+
+    def from_x(M, bias, weight):
+        if bias is not None:
+            M = part(lambda M, b: M + b[:, None], M, bias)
+        if weight is not None:
+            M = part(lambda M, w: _rms_norm(M, w, b_c_dt_rms_eps), M, weight)
+        if pair == 2:  # rows (state, part) -> last axis (time, part)
+            M = M.reshape(batch, A.shape[1], 2, seqlen).transpose(2, 3)
+            M = M.reshape(batch, A.shape[1], 2 * seqlen)
+        return M
+
+    if B is None:
+        B = from_x(projected[:, dt_rank : dt_rank + rows], B_proj_bias, b_rms_weight)
+    if C is None:
+        C = from_x(projected[:, projected.shape[1] - rows :], C_proj_bias, c_rms_weight)
+    y = part(
+        lambda *tensors: selective_scan(*tensors, delta_softplus=delta_softplus)["out"],
+        x,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        xz[:, dim:],
+        delta_bias,
+    )
+    if inside is None:
+        out = F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    else:
+        out = part(
+            lambda y, w, b: F.linear(y.transpose(1, 2), w, b), y, out_proj_weight, out_proj_bias
+        )
+    return {"out": out}
+
+
+REFERENCES = {
+    "causal_conv1d": causal_conv1d,
+    "causal_conv1d_update": causal_conv1d_update,
+    "causal_conv1d_varlen_states": causal_conv1d_varlen_states,
+    "selective_scan": selective_scan,
+    "selective_state_update": selective_state_update,
+    "mamba_inner": mamba_inner,
+}

@@ -1,0 +1,457 @@
+"""One test for each bug that an implementation of these operations once had."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import torch
+from harness import cases, compare, oracle, poison, properties
+
+
+def virtual_empty(elements, dtype, device):
+    """Memory that the system hands out page by page as it is touched (CPU)."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        if free < elements * dtype.itemsize * 1.1:
+            pytest.skip("not enough GPU memory")
+    return torch.empty(elements, dtype=dtype, device=device)
+
+
+def far(values, strides, buffer):
+    """A copy of `values` at the given strides in `buffer`."""
+    view = buffer.as_strided(values.shape, strides)
+    return view.copy_(values)
+
+
+FAR = {"2^31": 2**31 + 2, "2^32": 2**32 + 2}
+
+
+@pytest.fixture(params=FAR.values(), ids=FAR.keys())
+def distance(request):
+    return request.param
+
+
+# Offsets past 2^31 and 2^32 ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", ["batch", "dim", "seqlen"])
+def test_conv_index_past_32_bits(axis, distance, device):
+    """Forward and backward, each stride in turn; also of the incoming gradient."""
+    call = cases.Conv(batch=2, dim=2, seqlen=5, dtype=torch.bfloat16, initial_states=False).call(
+        device
+    )
+    sizes = {"batch": 2, "dim": 2, "seqlen": 5}
+    strides = {"batch": 16, "dim": 8, "seqlen": 1}
+    strides[axis] = distance // (sizes[axis] - 1) + 64
+    extent = sum((sizes[a] - 1) * strides[a] for a in sizes) + 1
+    expected = compare.run(call)
+    buffer = virtual_empty(extent, torch.bfloat16, device)
+    x = far(call.arguments["x"], list(strides.values()), buffer).requires_grad_()
+    results = call.invoke(x=x)
+    assert poison.same_bits(results["out"], expected.results["out"])
+    (dx,) = torch.autograd.grad(
+        list(results.values()), x, [call.cotangents[n] for n in results], retain_graph=True
+    )
+    assert poison.same_bits(dx, expected.gradients["x"])
+    del x
+    dout = far(call.cotangents["out"], list(strides.values()), buffer)
+    x = call.arguments["x"].detach().requires_grad_()
+    results = call.invoke(x=x)
+    (dx,) = torch.autograd.grad(list(results.values()), x, [dout, call.cotangents["final_states"]])
+    assert poison.same_bits(dx, expected.gradients["x"])
+
+
+@pytest.mark.parametrize("axis", ["batch", "dim", "seqlen"])
+def test_scan_index_past_32_bits(axis, distance, device):
+    call = cases.Scan(batch=2, dim=2, seqlen=5, dtype=torch.bfloat16).call(device)
+    sizes = {"batch": 2, "dim": 2, "seqlen": 5}
+    strides = {"batch": 16, "dim": 8, "seqlen": 1}
+    strides[axis] = distance // (sizes[axis] - 1) + 64
+    extent = sum((sizes[a] - 1) * strides[a] for a in sizes) + 1
+    expected = compare.run(call)
+    buffer = virtual_empty(extent, torch.bfloat16, device)
+    for name in ("u", "delta", "z"):
+        value = far(call.arguments[name], list(strides.values()), buffer).detach().requires_grad_()
+        results = call.invoke(**{name: value})
+        for result in results:
+            assert poison.same_bits(results[result], expected.results[result])
+        (gradient,) = torch.autograd.grad(
+            list(results.values()), value, [call.cotangents[n] for n in results]
+        )
+        assert poison.same_bits(gradient, expected.gradients[name])
+
+
+@pytest.mark.parametrize("name", ["B", "C"])
+@pytest.mark.parametrize("axis", range(4), ids=["batch", "groups", "dstate", "seqlen"])
+def test_scan_matrix_index_past_32_bits(name, axis, distance, device):
+    call = cases.Scan(batch=2, dim=4, B=2, C=2, dstate=3, seqlen=5, dtype=torch.bfloat16).call(
+        device
+    )
+    sizes, strides = (2, 2, 3, 5), [64, 32, 8, 1]
+    strides[axis] = distance // (sizes[axis] - 1) + 64
+    extent = sum((n - 1) * s for n, s in zip(sizes, strides)) + 1
+    expected = compare.run(call)
+    buffer = virtual_empty(extent, torch.bfloat16, device)
+    value = far(call.arguments[name], strides, buffer).detach().requires_grad_()
+    results = call.invoke(**{name: value})
+    assert poison.same_bits(results["out"], expected.results["out"])
+    (gradient,) = torch.autograd.grad(
+        list(results.values()), value, [call.cotangents[n] for n in results]
+    )
+    assert poison.same_bits(gradient, expected.gradients[name])
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_conv_state_pool_past_32_bits(ring, distance, device):
+    call = cases.ConvUpdate(batch=2, num_slots=3, dtype=torch.bfloat16, ring=ring).call(device)
+    stride = distance // 2 + 64
+    buffer = virtual_empty(2 * stride + 64, torch.bfloat16, device)
+    state = far(call.arguments["conv_state"], [stride, 3, 1], buffer)
+    indices = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    far_out = call.invoke(conv_state=state, conv_state_indices=indices)["out"]
+    out = call.invoke(conv_state_indices=indices)["out"]
+    assert poison.same_bits(out, far_out)
+    assert poison.same_bits(state.contiguous(), call.arguments["conv_state"])
+
+
+@pytest.mark.parametrize("nheads", [None, 2])
+def test_ssm_state_pool_past_32_bits(nheads, distance, device):
+    call = cases.StateUpdate(batch=2, nheads=nheads, num_slots=3, dtype=torch.bfloat16).call(device)
+    stride = distance // 2 + 64
+    buffer = virtual_empty(2 * stride + 256, torch.bfloat16, device)
+    near = call.arguments["state"].bfloat16()
+    state = far(near, [stride, *near.stride()[1:]], buffer)
+    indices = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    far_out = call.invoke(state=state, state_batch_indices=indices)["out"]
+    near = near.clone()
+    out = call.invoke(state=near, state_batch_indices=indices)["out"]
+    assert poison.same_bits(out, far_out)
+    assert poison.same_bits(state.contiguous(), near)
+
+
+def test_varlen_states_past_32_bits(distance, device):
+    call = cases.VarlenStates(total_tokens=5, num_sequences=2, dtype=torch.bfloat16).call(device)
+    stride = distance // 4 + 64
+    buffer = virtual_empty(4 * stride + 64, torch.bfloat16, device)
+    x = far(call.arguments["x"], [stride, 1], buffer)
+    assert poison.same_bits(call.invoke(x=x)["out"], call.invoke()["out"])
+
+
+@pytest.mark.full
+def test_scan_with_more_than_2_31_elements(device):
+    """Dense: u and its relatives themselves are that large."""
+    batch, dim, seqlen = 1, 2**16 + 1, 2**15
+    if device == "cpu":
+        pytest.skip("needs more memory than a test may take on a CPU")
+    free, _ = torch.cuda.mem_get_info()
+    if free < 60e9:
+        pytest.skip("not enough GPU memory")
+    u = torch.randn(batch, dim, seqlen, device=device, dtype=torch.bfloat16)
+    A = -torch.rand(dim, 2, device=device)
+    B = torch.randn(batch, 2, seqlen, device=device, dtype=torch.bfloat16)
+    out, _ = torch.ops.mamba_ssm.selective_scan(u, u, A, B, B, delta_softplus=True)
+    last, _ = torch.ops.mamba_ssm.selective_scan(
+        u[:, -3:], u[:, -3:], A[-3:], B, B, delta_softplus=True
+    )
+    torch.testing.assert_close(out[:, -3:], last)
+
+
+# Decode -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headdim", [1, 16, 17])
+def test_step_leaves_neighbours_alone(headdim, device):
+    """headdim below a block's width: nothing behind the state is read or written."""
+    for case in (
+        cases.StateUpdate(nheads=3, dim=headdim, dstate=16, num_slots=5),
+        cases.ConvUpdate(dim=headdim, num_slots=5),
+    ):
+        compare.check_call(case.call(device))  # red zones around every tensor
+
+
+def test_repeated_step_is_identical(device):
+    for case in (
+        cases.StateUpdate(nheads=4, dim=64, dstate=128, batch=8),
+        cases.ConvUpdate(dim=200),
+    ):
+        properties.check_repeats(case.call(device), count=50)
+
+
+@pytest.mark.parametrize("optional", ["D", "z", "dt_bias"])
+@pytest.mark.parametrize("nheads", [None, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_step_without_optional_arguments(optional, nheads, tied, device):
+    """D = None and dt_bias = None are no errors, whichever decay path is taken."""
+    case = cases.StateUpdate(nheads=nheads, tied=tied, **{optional: False})
+    compare.check_call(case.call(device))
+
+
+def test_step_with_head_dimension_of_D(device):
+    compare.check_call(cases.StateUpdate(nheads=4, dim=16, D=True).call(device))
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3])
+def test_short_prompts(prompt, device):
+    """A prompt shorter than the convolution, then decode: the first token too."""
+    whole = cases.Conv(seqlen=prompt + 3, initial_states=False).call(device)
+    x, weight, bias = (whole.arguments[n] for n in ("x", "weight", "bias"))
+    expected = whole.invoke()["out"]
+    out, state = torch.ops.mamba_ssm.causal_conv1d(x[..., :prompt], weight, bias, silu=True)
+    torch.testing.assert_close(out, expected[..., :prompt])
+    for t in range(prompt, prompt + 3):
+        step = torch.ops.mamba_ssm.causal_conv1d_update(x[..., t], state, weight, bias, silu=True)
+        torch.testing.assert_close(step, expected[..., t])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negative_cache_seqlens(dtype, device):
+    """The remainder of a negative position is positive."""
+    case = cases.ConvUpdate(batch=4, ring=True, state_len=5, dtype=dtype)
+    call = case.call(device)
+    positions = torch.tensor([-1, -6, -(2**31), 4], dtype=torch.int32, device=device)
+    other = torch.tensor([4, 4, -(2**31) % 5, 4], dtype=torch.int32, device=device)
+    first = call.invoke(cache_seqlens=positions)["out"]
+    state = call.arguments["conv_state"].clone()
+    call.arena.restore()
+    assert poison.same_bits(first, call.invoke(cache_seqlens=other)["out"])
+    assert poison.same_bits(state, call.arguments["conv_state"])
+    call.arena.check(mutable=call.mutable)
+
+
+@pytest.mark.parametrize("state", cases.FLOATS)
+@pytest.mark.parametrize("x", cases.FLOATS)
+@pytest.mark.parametrize("dt", cases.FLOATS)
+def test_types_of_dt_and_state(state, x, dt, device):
+    """Every combination is right or refused with the list of what is supported."""
+    dtypes = {"state": state, "dt": dt}
+    if x == torch.float64:
+        dtypes |= dict.fromkeys(("A", "D", "dt_bias"), torch.float64)
+    call = cases.StateUpdate(dtype=x, dtypes=dtypes).call(device)
+    promised = dt in (x, torch.float32) and (x == torch.float64) == (dt == torch.float64)
+    promised &= torch.float64 not in (state, x) or state == x
+    if promised:
+        compare.check_call(call)
+        return
+    truth = oracle.exact(call.op, call.arguments).results
+    try:
+        out = call.invoke()["out"]
+    except RuntimeError as error:
+        assert re.search("(dt|state|x) must have dtype .*, got", str(error)), error
+        call.arena.check()
+    else:
+        tolerance = 32 * torch.finfo(x).eps * truth["out"].abs().max().item()
+        torch.testing.assert_close(out.cpu().double(), truth["out"], rtol=0, atol=tolerance)
+
+
+# Shapes and strides -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [None, "packed"])
+@pytest.mark.parametrize("dim", [1, 7, 9, 12, 20])
+@pytest.mark.parametrize("layout", ["transposed", "offset", "sliced", "contiguous"])
+def test_conv_strides_not_multiples_of_8(packing, dim, layout, device):
+    case = cases.Conv(dim=dim, seqlen=24, packing=packing, layout=layout, dtype=torch.bfloat16)
+    compare.check_call(case.call(device))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 6, 9, 15])
+def test_channels_not_multiple_of_8(dim, device):
+    compare.check_call(cases.Conv(dim=dim, layout="transposed").call(device))
+    compare.check_call(cases.Scan(dim=dim).call(device))
+
+
+@pytest.mark.parametrize("dstate", [255, 256, 257, 300, 512, 1024])
+def test_dstate_above_256(dstate, device):
+    compare.check_call(cases.Scan(dim=2, batch=1, seqlen=6, dstate=dstate).call(device))
+    compare.check_call(cases.StateUpdate(dim=2, dstate=dstate).call(device))
+
+
+@pytest.mark.parametrize("packing", [None, "single"])
+def test_conv_length_1026_with_final_states(packing, device):
+    case = cases.Conv(batch=1, dim=3, seqlen=1026, packing=packing, dtype=torch.bfloat16)
+    for layout in ("contiguous", "transposed"):
+        compare.check_call(dataclasses.replace(case, layout=layout).call(device))
+
+
+@pytest.mark.parametrize(
+    "layout", ["transposed", "sliced", "step2", "expanded", "scalar", "offset"]
+)
+def test_conv_with_any_incoming_gradient(layout, device):
+    for x_layout in ("contiguous", "transposed"):
+        layouts = {"dout": layout, "dfinal_states": layout}
+        compare.check_call(cases.Conv(layout=x_layout, layouts=layouts).call(device))
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 3])
+@pytest.mark.parametrize("width", [4, 5, 9])
+@pytest.mark.parametrize("only_result", [None, "final_states"])
+def test_chunk_shorter_than_the_window(seqlen, width, only_result, device):
+    """Old columns pass through to the final states, and so do their gradients."""
+    case = cases.Conv(seqlen=seqlen, width=width, only_result=only_result, dtype=torch.float64)
+    compare.check_call(case.call(device))
+    properties.gradcheck(dataclasses.replace(case, dim=2, only_result=None).call(device))
+
+
+@pytest.mark.parametrize("dim", [1, 31, 33, 63, 64, 65])
+def test_weights_of_few_channels(dim, device):
+    for layout in ("contiguous", "transposed"):
+        compare.check_call(cases.Conv(dim=dim, layout=layout, dtype=torch.float16).call(device))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "step2", "scalar", "offset"])
+@pytest.mark.parametrize("name", ["D", "z", "delta", "delta_bias", "A", "initial_state"])
+def test_scan_with_strided_arguments(layout, name, device):
+    compare.check_call(cases.Scan(layouts={name: layout}).call(device))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+@pytest.mark.parametrize("complex_A", [False, True])
+def test_gradients_of_groups(groups, complex_A, device):
+    case = cases.Scan(B=groups, C=groups, complex_A=complex_A, dtype=torch.float64)
+    compare.check_call(case.call(device))
+    properties.gradcheck(case.call(device), fast_mode=True)
+
+
+@pytest.mark.parametrize("seqlen", [33, 63, 65, 100, 257])
+def test_softplus_and_bias_at_any_length(seqlen, device):
+    compare.check_call(cases.Scan(seqlen=seqlen, dim=3).call(device))
+
+
+def test_softplus_gradient_above_the_threshold(device):
+    call = cases.Scan(dtype=torch.float64, exact=True).call(device)
+    assert (call.arguments["delta"] > 20).any()
+    compare.check_call(call)
+
+
+@pytest.mark.parametrize("form", [1, 3, "constant"])
+def test_gradients_of_B_and_C_with_seq_idx(form, device):
+    for packing in ("packed", "padded"):
+        case = cases.Scan(B=form, C=form, packing=packing, dtype=torch.float64, seqlen=40)
+        compare.check_call(case.call(device))
+        properties.gradcheck(case.call(device), fast_mode=True)
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_states_reset_between_sequences(packing, device):
+    """An enormous state before a boundary leaves no trace behind it."""
+    ids = torch.tensor([[4] * 6 + [2] * 6, [1] * 3 + [9] * 9], dtype=torch.int32, device=device)
+    for scale in (1.0, 1e30):
+        call = cases.Scan(seqlen=12, packing=packing).call(device)
+        call.arguments["initial_state"].fill_(scale)
+        out = call.invoke(seq_idx=ids)["out"]
+        if scale == 1.0:
+            expected = out
+    assert poison.same_bits(out[0, :, 6:], expected[0, :, 6:])
+    assert poison.same_bits(out[1, :, 3:], expected[1, :, 3:])
+
+
+def test_constant_B_is_in_the_last_state(device):
+    case = cases.Scan(B="constant", C=1, dtype=torch.float64)
+    call = case.call(device)
+    truth = oracle.exact(call.op, call.arguments).results["last_state"]
+    torch.testing.assert_close(call.invoke()["last_state"].cpu(), truth)
+
+
+# Arguments --------------------------------------------------------------------------------------
+
+
+def test_gradient_of_every_optional_argument(device):
+    """Present or absent, in any combination: one gradient for each tensor, None for no other."""
+    optional = ("D", "z", "delta_bias", "initial_state")
+    for mask in range(16):
+        present = {name: bool(mask >> i & 1) for i, name in enumerate(optional)}
+        call = cases.Scan(seqlen=3, dim=2, dstate=2, B=1, C=1, dtype=torch.float64, **present).call(
+            device
+        )
+        compare.check_call(call)
+    for mask in range(4):
+        case = cases.Conv(bias=bool(mask & 1), initial_states=bool(mask & 2), dtype=torch.float64)
+        compare.check_call(case.call(device))
+
+
+def test_works_without_a_gpu():
+    """CPU tensors compute, whatever else the machine has."""
+    for case in (
+        cases.Conv(),
+        cases.ConvUpdate(),
+        cases.Scan(),
+        cases.StateUpdate(),
+        cases.Inner(),
+    ):
+        assert case.call("cpu").invoke()["out"].device.type == "cpu"
+
+
+def test_conv_takes_old_and_new_positional_arguments():
+    """causal_conv1d_cuda's functions grew arguments over the years."""
+    extension = pytest.importorskip("causal_conv1d_cuda")
+    x, weight, bias = torch.randn(2, 8, 9), torch.randn(8, 4), torch.randn(8)
+    expected, _ = torch.ops.mamba_ssm.causal_conv1d(x, weight, bias, silu=True)
+    old = extension.causal_conv1d_fwd(x, weight, bias, True)
+    new = extension.causal_conv1d_fwd(x, weight, bias, None, None, None, True)
+    assert torch.equal(old, expected) and torch.equal(new, expected)
+
+
+def test_conv_function_signature():
+    interface = pytest.importorskip("causal_conv1d")
+    names = list(inspect.signature(interface.causal_conv1d_fn).parameters)
+    assert names == [
+        "x",
+        "weight",
+        "bias",
+        "seq_idx",
+        "initial_states",
+        "return_final_states",
+        "final_states_out",
+        "activation",
+    ]
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_groups_that_do_not_divide(groups, device):
+    B = torch.randn(2, groups, 3, 5, device=device)
+    u = torch.randn(2, 6, 5, device=device)
+    with pytest.raises(RuntimeError, match="selective_scan: B "):
+        torch.ops.mamba_ssm.selective_scan(u, u, torch.randn(6, 3, device=device), B, B)
+
+
+# Numbers ----------------------------------------------------------------------------------------
+
+
+def test_float32_in_gives_float32_accuracy(device):
+    """No 16-bit or TF32 arithmetic inside: errors stay at a few units in the last place."""
+    for case in (
+        cases.Scan(dim=32, dstate=16, seqlen=64, initial_state=False),
+        cases.Conv(dim=32, seqlen=64),
+        cases.StateUpdate(nheads=4, dim=64, dstate=128),
+        cases.Inner(dim=32, seqlen=40, dstate=16),
+    ):
+        call = case.call(device)
+        truth = oracle.exact(call.op, call.arguments).results["out"]
+        error = (call.invoke()["out"].cpu().double() - truth).abs().max()
+        assert error < 3e-6 * truth.abs().max()
+
+
+def test_backward_is_deterministic(device):
+    """The same bits in every run, without any mode being set."""
+    case = cases.Scan(batch=4, dim=96, seqlen=200, dstate=16, B=2, C=2)
+    properties.check_repeats(case.call(device), count=10)
+    properties.check_repeats(cases.Conv(batch=4, dim=96, seqlen=200).call(device), count=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_near_the_largest_number(dtype, device):
+    """Finite where the rounded truth is finite."""
+    call = cases.Conv(dtype=dtype, silu=False).call(device)
+    scale = torch.finfo(dtype).max / 64
+    call.cotangents["out"].mul_(scale / call.cotangents["out"].abs().max())
+    call.arguments["weight"].clamp_(-2, 2)
+    call.arena = poison.Arena(device)
+    compare.check_call(call, rerun=False)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_device_of_its_tensors():
+    for case in (cases.Conv(), cases.ConvUpdate(), cases.Scan(), cases.StateUpdate()):
+        with torch.cuda.device(0):
+            compare.check_call(case.call("cuda:1"))

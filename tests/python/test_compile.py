@@ -1,0 +1,179 @@
+"""torch.compile and torch.export of every operation."""
+
+import dataclasses
+
+import mamba_ssm
+import pytest
+import torch
+from harness import cases, compare
+from torch._dynamo.testing import CompileCounterWithBackend
+
+CASES = {
+    "causal_conv1d": cases.Conv(),
+    "causal_conv1d packed": cases.Conv(packing="padded", layout="transposed"),
+    "causal_conv1d plain": cases.Conv(bias=False, silu=False, initial_states=False),
+    "causal_conv1d_update": cases.ConvUpdate(num_slots=7),
+    "causal_conv1d_update ring": cases.ConvUpdate(ring=True, seqlen=2, state_len=5),
+    "causal_conv1d_varlen_states": cases.VarlenStates(),
+    "selective_scan": cases.Scan(),
+    "selective_scan packed": cases.Scan(packing="padded", B=3, C="constant"),
+    "selective_scan complex": cases.Scan(complex_A=True),
+    "selective_scan plain": cases.Scan(
+        D=False, z=False, delta_bias=False, delta_softplus=False, initial_state=False
+    ),
+    "selective_state_update": cases.StateUpdate(num_slots=7),
+    "selective_state_update heads": cases.StateUpdate(nheads=4, ngroups=2),
+    "mamba_inner": cases.Inner(),
+    "mamba_inner rms": cases.Inner(rms=True, proj_bias=True, checkpoint_lvl=0),
+}
+INDUCTOR = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update")
+
+
+def _dense(case):
+    """The call with tensors of its own strides but no larger buffer around them."""
+    call = case.call()
+    arguments = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in call.arguments.items()
+    }
+    return dataclasses.replace(call, arguments=arguments)
+
+
+def _backends():
+    rows = []
+    for label, case in CASES.items():
+        rows.append(pytest.param(case, "aot_eager", id=f"{label}-aot_eager"))
+        if label in INDUCTOR:
+            rows.append(pytest.param(case, "inductor", id=f"{label}-inductor"))
+    return rows
+
+
+def _run(function, call):
+    """Results, updated states and gradients through `function` in the place of the op."""
+    arguments = {
+        name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in call.arguments.items()
+    }
+    for name in call.differentiable:
+        arguments[name].requires_grad_()
+    results = function(**arguments)
+    results = list(results) if isinstance(results, tuple) else [results]
+    gradients = []
+    if call.differentiable:
+        gradients = torch.autograd.grad(
+            results,
+            [arguments[name] for name in call.differentiable],
+            [call.cotangents[name].clone() for name in call.results],
+        )
+    return [r.detach() for r in results], [arguments[n] for n in call.mutable], list(gradients)
+
+
+@pytest.mark.parametrize("case, backend", _backends())
+def test_compile(case, backend, device):
+    torch._dynamo.reset()
+    call = case.call(device)
+    op = call.function()
+
+    def program(**arguments):  # neighbours to fuse with, an op between
+        first = next(iter(arguments))
+        results = op(**arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(r + 0 * arguments[first].sum().to(r.dtype) for r in results)
+
+    compiled = torch.compile(program, fullgraph=True, dynamic=True, backend=backend)
+    for eager, traced in zip(_run(program, call), _run(compiled, call)):
+        for a, b in zip(eager, traced, strict=True):
+            torch.testing.assert_close(b, a)
+            assert b.stride() == a.stride() or a.numel() == 0
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_few_recompiles(case, device):
+    """Ten lengths (or batch sizes, where a call has one token), at most two graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    op = case.call(device).function()
+
+    def program(**arguments):
+        return op(**arguments)
+
+    compiled = torch.compile(program, fullgraph=True, dynamic=True, backend=counter)
+    sizes = ("seqlen", "total_tokens", "batch")
+    field = next(name for name in sizes if getattr(case, name, None) is not None)
+    for size in (5, 7, 8, 16, 19, 32, 33, 40, 64, 71):
+        changes = {field: size}
+        if field == "batch" and case.num_slots is not None:
+            changes["num_slots"] = 80
+        call = dataclasses.replace(case, **changes).call(device)
+        for eager, traced in zip(_run(op, call), _run(compiled, call)):
+            for a, b in zip(eager, traced, strict=True):
+                torch.testing.assert_close(b, a)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_export(case, device):
+    call = case.call(device)
+    op = call.function()
+    tensors = {n: v for n, v in call.arguments.items() if isinstance(v, torch.Tensor)}
+    others = {n: v for n, v in call.arguments.items() if n not in tensors}
+
+    class Program(torch.nn.Module):
+        def forward(self, **tensors):
+            return op(**tensors, **others)
+
+    expected = compare.run(dataclasses.replace(call, cotangents={}, differentiable=())).results
+    call.arena.restore()
+    clones = {n: v.clone() for n, v in tensors.items()}
+    exported = torch.export.export(Program(), (), clones)
+    assert any(node.target is op for node in exported.graph.nodes)
+    clones = {n: v.clone() for n, v in tensors.items()}
+    results = exported.module()(**clones)
+    results = results if isinstance(results, tuple) else (results,)
+    results = dict(zip(call.results, results)) | {n: clones[n] for n in call.mutable}
+    for name, value in results.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_export_with_dynamic_length(device):
+    arguments = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in cases.Scan(seqlen=20).call(device).arguments.items()
+    }
+    softplus = arguments.pop("delta_softplus")
+
+    class Program(torch.nn.Module):
+        def forward(self, **tensors):
+            return torch.ops.mamba_ssm.selective_scan(**tensors, delta_softplus=softplus)
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = {
+        name: {value.dim() - 1: length} if name in ("u", "delta", "z", "B", "C") else {}
+        for name, value in arguments.items()
+    }
+    exported = torch.export.export(Program(), (), arguments, dynamic_shapes=shapes)
+    call = cases.Scan(seqlen=45).call(device)
+    tensors = {n: v for n, v in call.arguments.items() if isinstance(v, torch.Tensor)}
+    out, last_state = exported.module()(**tensors)
+    expected = call.invoke()
+    torch.testing.assert_close(out, expected["out"])
+    torch.testing.assert_close(last_state, expected["last_state"])
+
+
+def test_compiled_module(device):
+    """mamba_ssm.Mamba in training: one graph for every length, the gradients of eager mode."""
+    torch._dynamo.reset()
+    module = mamba_ssm.Mamba(d_model=16, d_state=4, device=device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for length in (5, 7, 8, 16, 19, 32, 33, 40, 64, 71):
+        x = torch.randn(2, length, 16, device=device)
+        outcomes = []
+        for call in (module, compiled):
+            module.zero_grad()
+            y = call(x)
+            y.square().sum().backward()
+            outcomes.append([y.detach(), *(p.grad.clone() for p in module.parameters())])
+        for eager, traced in zip(*outcomes):
+            torch.testing.assert_close(traced, eager)
+    assert counter.frame_count <= 2

@@ -1,0 +1,263 @@
+"""The Mamba module: parameters, its two paths, caches, autocast, compilation."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from mamba_ssm import Mamba
+from mamba_ssm.utils.generation import InferenceParams
+
+
+def make(device, dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    kwargs = {"d_model": 12, "d_state": 5, "layer_idx": 0, **kwargs}
+    return Mamba(**kwargs, dtype=dtype).to(device)
+
+
+def tokens(device, seqlen=9, batch=2, dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(batch, seqlen, 12, dtype=dtype).to(device)
+
+
+def gradients(module, x):
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).to(out.device))
+    result = {"x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
+    module.zero_grad()
+    return out.detach(), result
+
+
+def test_parameter_count_and_shape(device):
+    block = Mamba(d_model=16, d_state=64, d_conv=4, expand=2).to(device)
+    assert sum(p.numel() for p in block.parameters()) == 7968
+    assert block(torch.randn(2, 32, 16, device=device)).shape == (2, 32, 16)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_state_dict(bias):
+    expected = {
+        "A_log": (24, 5),
+        "D": (24,),
+        "in_proj.weight": (48, 12),
+        "conv1d.weight": (24, 1, 4),
+        "conv1d.bias": (24,),
+        "x_proj.weight": (11, 24),
+        "dt_proj.weight": (24, 1),
+        "dt_proj.bias": (24,),
+        "out_proj.weight": (12, 24),
+    }
+    if bias:
+        expected |= {"in_proj.bias": (48,), "out_proj.bias": (12,)}
+    state_dict = make("cpu", bias=bias).state_dict()
+    assert {name: tuple(t.shape) for name, t in state_dict.items()} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_parameter_dtypes_and_marks(dtype):
+    block = Mamba(16, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, parameter in block.named_parameters():
+        assert parameter.dtype == (wide if name in ("A_log", "D") else dtype), name
+    assert block.A_log._no_weight_decay and block.D._no_weight_decay
+    assert block.dt_proj.bias._no_reinit
+
+
+def test_initial_values():
+    block = Mamba(64, d_state=3, dt_min=0.01, dt_max=0.02)
+    torch.testing.assert_close(block.A_log[5].exp(), torch.tensor([1.0, 2.0, 3.0]))
+    dt = torch.nn.functional.softplus(block.dt_proj.bias)
+    assert 0.0099 < dt.min() and dt.max() < 0.0201
+    assert block.dt_proj.weight.abs().max() <= block.dt_rank**-0.5
+    constant = Mamba(64, dt_init="constant", dt_scale=2.0)
+    assert (constant.dt_proj.weight == 2 * constant.dt_rank**-0.5).all()
+    with pytest.raises(NotImplementedError):
+        Mamba(64, dt_init="ones")
+
+
+def test_meta_device():
+    block = Mamba(16, device="meta")
+    assert all(p.is_meta for p in block.parameters())
+    assert block(torch.empty(2, 7, 16, device="meta")).shape == (2, 7, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"conv_bias": False}, {"d_conv": 1}])
+def test_fast_path_equals_unfused(device, options):
+    block, x = make(device, expand=1.5, **options), tokens(device)
+    out, expected = gradients(block, x)
+    block.use_fast_path = False
+    out_unfused, unfused = gradients(block, x)
+    torch.testing.assert_close(out, out_unfused)
+    torch.testing.assert_close(expected, unfused)
+
+
+class LowRank(nn.Module):
+    """A Linear with a low-rank update, as adapters wrap it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Parameter(torch.randn(2, linear.in_features).to(linear.weight) / 10)
+        self.up = nn.Parameter(torch.randn(linear.out_features, 2).to(linear.weight) / 10)
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    @property
+    def bias(self):
+        return self.linear.bias
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+@pytest.mark.parametrize("use_fast_path", [False, True])
+def test_wrapped_projection_takes_part(device, name, use_fast_path):
+    block, x = make(device, use_fast_path=use_fast_path), tokens(device)
+    wrapped = copy.deepcopy(block)
+    adapter = LowRank(getattr(wrapped, name))
+    setattr(wrapped, name, adapter)
+    with torch.no_grad():  # the same function with the update merged into the weight
+        getattr(block, name).weight += adapter.up @ adapter.down
+    torch.testing.assert_close(wrapped(x), block(x))
+    steps = run_in_pieces(wrapped, x, [4] + [1] * 5)
+    torch.testing.assert_close(steps, block(x))
+    wrapped(x).sum().backward()
+    assert adapter.up.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"])
+def test_hooks_run(device, name):
+    block, x = make(device), tokens(device)
+    expected = block(x)
+    calls = []
+    getattr(block, name).register_forward_hook(lambda *_: calls.append(name))
+    torch.testing.assert_close(block(x), expected)
+    assert calls == [name]
+    torch.testing.assert_close(run_in_pieces(block, x, [3, 4, 1, 1]), expected)
+    assert len(calls) == 5
+
+
+def test_parametrization_takes_part(device):
+    block, x = make(device), tokens(device)
+
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    doubled = copy.deepcopy(block)
+    nn.utils.parametrize.register_parametrization(doubled.x_proj, "weight", Doubled())
+    with torch.no_grad():
+        block.x_proj.weight *= 2
+    torch.testing.assert_close(doubled(x), block(x))
+
+
+@torch.no_grad()
+def run_in_pieces(block, x, pieces):
+    params = InferenceParams(max_seqlen=x.shape[1], max_batch_size=x.shape[0])
+    outputs = []
+    for piece in x.split(pieces, dim=1):
+        outputs.append(block(piece, inference_params=params))
+        params.seqlen_offset += piece.shape[1]
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("pieces", [[9], [1] * 9, [4, 1, 4], [2, 2, 5], [7, 1, 1], [1, 8]])
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+def test_pieces_equal_whole(device, pieces, d_conv):
+    block, x = make(device, d_conv=d_conv), tokens(device)
+    torch.testing.assert_close(run_in_pieces(block, x, pieces), block(x))
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_step_with_states_of_another_dtype(device, state_dtype):
+    block, x = make(device, dtype=torch.float32), tokens(device, dtype=torch.float32)
+    conv_state, ssm_state = block.allocate_inference_cache(2, 9, dtype=state_dtype)
+    with torch.no_grad():
+        for t in range(x.shape[1]):
+            out, conv_out, ssm_out = block.step(x[:, t : t + 1], conv_state, ssm_state)
+            assert conv_out is conv_state and ssm_out is ssm_state
+    tolerance = 1e-5 if state_dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out, block(x)[:, -1:], rtol=tolerance, atol=tolerance)
+
+
+def test_step_takes_one_token():
+    block = make("cpu")
+    with pytest.raises(ValueError, match=r"\(batch, 1, d_model\)"):
+        block.step(tokens("cpu"), *block.allocate_inference_cache(2, 9))
+
+
+def test_cache_of_another_batch_size():
+    block, x = make("cpu"), tokens("cpu")
+    params = InferenceParams(max_seqlen=20, max_batch_size=2)
+    block(x, inference_params=params)
+    assert block(x[:1], inference_params=params).shape == (1, 9, 12)  # a new sequence
+    params.seqlen_offset = 9
+    with pytest.raises(ValueError, match="batch size 1"):
+        block(x, inference_params=params)
+    with pytest.raises(ValueError, match="layer_idx"):
+        Mamba(12)(x.float(), inference_params=params)
+
+
+def test_cache_stays_out_of_the_graph(device):
+    block, x = make(device), tokens(device)
+    params = InferenceParams(max_seqlen=20, max_batch_size=2)
+    loss = 0
+    for _ in range(3):
+        loss = loss + block(x, inference_params=params).sum()
+        params.seqlen_offset += x.shape[1]
+    assert not any(state.requires_grad for state in params.key_value_memory_dict[0])
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("use_fast_path", [False, True])
+def test_autocast(device, use_fast_path):
+    block = make(device, dtype=torch.float32, use_fast_path=use_fast_path, bias=True)
+    x = tokens(device, dtype=torch.float32)
+    with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16):
+        out = block(x)
+        with torch.no_grad():
+            steps = run_in_pieces(block, x, [3, 4, 1, 1])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), block(x), rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(steps.float(), block(x), rtol=5e-2, atol=5e-2)
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in block.parameters())
+
+
+@pytest.mark.parametrize("use_fast_path", [False, True])
+def test_compiles_without_graph_breaks(device, use_fast_path):
+    block = make(device, use_fast_path=use_fast_path)
+    compiled = copy.deepcopy(block)
+    torch._dynamo.reset()
+    compiled.forward = torch.compile(
+        compiled.forward, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for seqlen in (9, 17):
+        torch.testing.assert_close(
+            gradients(compiled, tokens(device, seqlen)), gradients(block, tokens(device, seqlen))
+        )
+
+
+def test_compiles_a_decode_step(device):
+    block, x = make(device), tokens(device)
+    torch._dynamo.reset()
+    step = torch.compile(block.step, fullgraph=True, backend="aot_eager")
+    states, compiled_states = (block.allocate_inference_cache(2, 9) for _ in range(2))
+    with torch.no_grad():
+        for t in range(3):
+            token = x[:, t : t + 1]
+            torch.testing.assert_close(step(token, *compiled_states), block.step(token, *states))
+
+
+@pytest.mark.parametrize("shape", [(0, 9, 12), (2, 0, 12)])
+def test_empty(device, shape):
+    block = make(device)
+    out, grads = gradients(block, torch.zeros(shape, dtype=torch.float64, device=device))
+    assert out.shape == shape
+    assert all((g == 0).all() for g in grads.values())

@@ -1,0 +1,179 @@
+"""torch.library.opcheck: schema, autograd registration, fake tensors, AOT dispatch."""
+
+import pytest
+import torch
+from harness import cases
+
+UTILS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+CONV = cases.variations(
+    cases.Conv(seqlen=9),
+    {"bias": False, "initial_states": False, "silu": False},
+    {"packing": "packed", "layout": "transposed"},
+    {"packing": "padded", "index_dtype": torch.int64, "initial_states": False},
+    bias=[False],
+    silu=[False],
+    initial_states=[False],
+    packing=["packed"],
+    width=[1, 7],
+    seqlen=[1, 2],
+    batch=[1],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float16, torch.float64],
+)
+UPDATE = cases.variations(
+    cases.ConvUpdate(),
+    {"num_slots": 5, "ring": True, "seqlen": 2, "state_len": 6},
+    seqlen=[1, 3],
+    num_slots=[5],
+    ring=[True],
+    bias=[False],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float64],
+)
+VARLEN = cases.variations(
+    cases.VarlenStates(),
+    layout=["transposed", "sliced"],
+    dtype=[torch.bfloat16, torch.float64],
+    index_dtype=[torch.int64],
+    total_tokens=[1],
+)
+SCAN = cases.variations(
+    cases.Scan(seqlen=9),
+    {"D": False, "z": False, "delta_bias": False, "initial_state": False},
+    {"B": "constant", "C": "constant"},
+    {"B": "flat", "C": 2},
+    {"complex_A": True, "B": "constant"},
+    {"packing": "packed", "initial_state": False},
+    D=[False],
+    z=[False],
+    delta_bias=[False],
+    initial_state=[False],
+    delta_softplus=[False],
+    B=[2, "flat", "constant"],
+    complex_A=[True],
+    packing=["padded"],
+    seqlen=[1, 40],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float16, torch.float64],
+)
+STATE_UPDATE = cases.variations(
+    cases.StateUpdate(),
+    {"nheads": 4, "ngroups": 2},
+    {"nheads": 4, "num_slots": 6},
+    {"nheads": 4, "tied": True},
+    {"D": False, "z": False, "dt_bias": False},
+    num_slots=[6],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float64],
+)
+INNER = cases.variations(
+    cases.Inner(seqlen=9),
+    {"conv_bias": False, "out_bias": False, "D": False, "delta_bias": False},
+    {"rms": True, "proj_bias": True},
+    B=["constant", "flat"],
+    C=["constant"],
+    complex_A=[True],
+    checkpoint_lvl=[0],
+    dtype=[torch.bfloat16, torch.float64],
+    layouts=[{"xz": "transposed"}],
+)
+
+
+def _samples():
+    for rows in (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, INNER):
+        for label, case in rows.items():
+            wants = (False, True) if case.differentiable else (False,)
+            for gradients in wants:
+                name = f"{case.op}-{label}{'-gradients' if gradients else ''}"
+                yield pytest.param(case, gradients, id=name)
+
+
+def _own(tensor):
+    """The tensor without the red zones around it, strides kept."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    if 0 in tensor.stride():
+        return tensor.clone(memory_format=torch.preserve_format).as_strided_(
+            tensor.shape, tensor.stride()
+        )
+    own = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return own.copy_(tensor)
+
+
+def _plain_arguments(case, device):
+    call = case.call(device)
+    return call, {name: _own(value) for name, value in call.arguments.items()}
+
+
+@pytest.mark.parametrize("case, gradients", list(_samples()))
+def test_opcheck(case, gradients, device):
+    call, arguments = _plain_arguments(case, device)
+    if gradients:
+        for name in call.differentiable:
+            arguments[name].requires_grad_()
+    torch.library.opcheck(call.function(), (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "initial_states"])
+def test_subsets_of_causal_conv1d(wanted, device):
+    call, arguments = _plain_arguments(cases.Conv(seqlen=9), device)
+    arguments[wanted].requires_grad_()
+    torch.library.opcheck(call.function(), (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("wanted", cases.Scan.differentiable)
+def test_subsets_of_selective_scan(wanted, device):
+    call, arguments = _plain_arguments(cases.Scan(seqlen=9), device)
+    arguments[wanted].requires_grad_()
+    torch.library.opcheck(call.function(), (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "scalar", "transposed", "step2"])
+@pytest.mark.parametrize("dfinal", [False, True])
+@pytest.mark.parametrize("optional", [False, True])
+def test_causal_conv1d_bwd(layout, dfinal, optional, device):
+    case = cases.Conv(
+        seqlen=9,
+        bias=optional,
+        initial_states=optional,
+        packing="padded" if optional else None,
+        layouts={"dout": layout, "dfinal_states": layout},
+    )
+    call, arguments = _plain_arguments(case, device)
+    arguments["dout"] = _own(call.cotangents["out"])
+    arguments["dfinal_states"] = _own(call.cotangents["final_states"]) if dfinal else None
+    op = torch.ops.mamba_ssm.causal_conv1d_bwd.default
+    torch.library.opcheck(op, (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "scalar", "transposed", "step2"])
+@pytest.mark.parametrize("dlast", [False, True])
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("complex_A", [False, True])
+def test_selective_scan_fwd_and_bwd(layout, dlast, optional, complex_A, device):
+    case = cases.Scan(
+        seqlen=9,
+        D=optional,
+        z=optional,
+        delta_bias=optional,
+        initial_state=optional,
+        packing="padded" if optional else None,
+        complex_A=complex_A,
+        layouts={"dout": layout, "dlast_state": layout},
+    )
+    call, arguments = _plain_arguments(case, device)
+    op = torch.ops.mamba_ssm.selective_scan_fwd.default
+    torch.library.opcheck(op, (), arguments, test_utils=UTILS)
+    arguments["states"] = op(**arguments)[2]
+    arguments["dout"] = _own(call.cotangents["out"])
+    arguments["dlast_state"] = _own(call.cotangents["last_state"]) if dlast else None
+    op = torch.ops.mamba_ssm.selective_scan_bwd.default
+    torch.library.opcheck(op, (), arguments, test_utils=UTILS)

@@ -1,0 +1,138 @@
+"""Every registered operation has all its parts; the libraries ask of others only what they may."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import mamba_ssm
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parents[2]
+LIBRARIES = pathlib.Path(mamba_ssm.__file__).parent / "lib"
+SCHEMAS = sorted(
+    (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("mamba_ssm::")),
+    key=lambda schema: schema.name,
+)
+OPS = [schema.name.removeprefix("mamba_ssm::") for schema in SCHEMAS]
+COMPOSITES = ("mamba_inner", "mamba2_inner")  # made of other ops, in any backend
+WITH_CUDA = torch.version.cuda is not None
+
+
+def stem(op):
+    """The op whose files hold `op`: a derivative lives with its function, a variant with its base."""
+    base = re.sub(r"_(fwd|bwd)$", "", op)
+    return "causal_conv1d" if base.startswith("causal_conv1d") else base
+
+
+def keys(op):
+    """Dispatch keys with a kernel of their own."""
+    dump = torch._C._dispatch_dump(f"mamba_ssm::{op}")
+    return set(re.findall(r"^(\w+)(?:\[alias\])?:", dump, re.MULTILINE))
+
+
+def test_there_are_ops():
+    assert {"causal_conv1d", "causal_conv1d_update", "causal_conv1d_varlen_states"} <= set(OPS)
+    assert {"selective_scan", "selective_state_update", "mamba_inner"} <= set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels(op):
+    if op in COMPOSITES:
+        assert "CompositeExplicitAutograd" in keys(op) or "CompositeImplicitAutograd" in keys(op)
+    else:
+        assert {"CPU", "Meta"} <= keys(op), torch._C._dispatch_dump(f"mamba_ssm::{op}")
+        cuda = [
+            line
+            for line in (LIBRARIES / "libmamba_ssm_ops.so").read_bytes().split(b"\0")
+            if b"cudart" in line
+        ]
+        if cuda and WITH_CUDA:
+            assert "CUDA" in keys(op)
+    assert keys(op) & {"Autograd", "AutogradCPU", "CompositeImplicitAutograd"}, (
+        f"{op} has no Autograd kernel: a backward through it would be silently absent"
+    )
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=OPS)
+def test_schema(schema):
+    """Results are fresh; what a call writes to is marked; derivatives name what they derive."""
+    op = schema.name.removeprefix("mamba_ssm::")
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert bool(written) == op.endswith("_update")
+    assert not any(r.alias_info for r in schema.returns)
+    if op.endswith("_bwd"):
+        assert schema.arguments[0].name == "dout"
+        forward = next(s for s in SCHEMAS if s.name == schema.name.removesuffix("_bwd"))
+        assert {a.name for a in forward.arguments} <= {a.name for a in schema.arguments}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_files(op):
+    name = stem(op)
+    expected = [f"csrc/autograd/{name}.cpp"]
+    if op not in COMPOSITES:
+        expected += [
+            f"csrc/kernels/{name}.h",
+            f"csrc/kernels/{name}_cpu.cpp",
+            f"csrc/ops/{name}.cpp",
+        ]
+    missing = [path for path in expected if not (ROOT / path).exists()]
+    assert not missing
+    if op not in COMPOSITES:
+        assert list((ROOT / "csrc/kernels").glob(f"{name}*.cu"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_declared_for_cpp(op):
+    if op.endswith(("_fwd", "_bwd")):
+        return
+    header = (ROOT / "csrc/include/mamba_ssm/ops.h").read_text()
+    assert re.search(rf"\b{op}\(", header)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_test_names_it(op):
+    tests = [p for p in (ROOT / "tests/python").glob("test_*.py") if p.name != "test_registry.py"]
+    tests += list((ROOT / "tests/harness").glob("*.py"))
+    assert any(re.search(rf"\b{op}\b", path.read_text()) for path in tests)
+    own = f"test_{stem(op)}"
+    assert any(path.stem.startswith(own) for path in tests)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_readme_has_a_row(op):
+    if op.endswith(("_fwd", "_bwd")):
+        return
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(rf"^\|.*\b{op}\b.*\|", readme, re.MULTILINE)
+
+
+# Symbols ----------------------------------------------------------------------------------------
+
+
+def _symbols(library, *options):
+    if not shutil.which("nm"):
+        pytest.skip("needs nm")
+    command = ["nm", "-C", *options, str(LIBRARIES / library)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_ops_library_uses_the_stable_abi_alone():
+    undefined = _symbols("libmamba_ssm_ops.so", "-D", "--undefined-only")
+    torch_cpp = [s for s in undefined if re.search(r"\b(at|c10|torch|caffe2)::", s)]
+    assert undefined and not torch_cpp
+
+
+def test_kernels_of_an_instruction_set_stay_apart():
+    """Code compiled for AVX defines no weak symbol outside its own namespace: the linker may pick
+    any copy of a weak function, and a processor without AVX must never run that one."""
+    defined = _symbols("libmamba_ssm_ops.so", "-D", "--defined-only")
+    weak = [s for s in defined if re.search(r" [WVu] ", s)]
+    foreign = [
+        s
+        for s in weak
+        if re.search(r"mamba_ssm::kernels::", s) and not re.search(r"avx|baseline|neon", s)
+    ]
+    assert not foreign
