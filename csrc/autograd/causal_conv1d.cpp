@@ -121,7 +121,7 @@ Tensor causal_conv1d_update_meta(const Tensor& x, const Tensor& conv_state, cons
 Tensor causal_conv1d_varlen_states_meta(const Tensor& x, const Tensor& cu_seqlens,
                                         int64_t state_len) {
   const MetaChecks checks("causal_conv1d_varlen_states", "x", x);
-  check_causal_conv1d_varlen_states(checks, x, cu_seqlens, c10::SymInt(state_len));
+  check_causal_conv1d_varlen_states(checks, x, cu_seqlens, state_len);
   return empty_columns(x, cu_seqlens.sym_size(0) - 1, x.sym_size(1), state_len);
 }
 

@@ -20,6 +20,7 @@
 #include <torch/library.h>
 
 #include "derivatives.h"
+#include "meta.h"
 
 namespace mamba_ssm {
 
@@ -342,34 +343,43 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
 };
 
 void Arguments::check() const {
-  const auto require_shape = [](const char* name, const Tensor& tensor, const char* shape,
-                                c10::SymIntArrayRef sizes) {
-    TORCH_CHECK(tensor.sym_sizes() == sizes, "mamba_inner: ", name, " must have shape ", shape,
-                " = ", sizes, ", got ", tensor.sym_sizes());
-  };
-  const auto require_rank = [](const char* name, const Tensor& tensor, int64_t rank,
-                               const char* shape) {
-    TORCH_CHECK(tensor.dim() == rank, "mamba_inner: ", name, " must have shape ", shape, ", got ",
-                tensor.sym_sizes());
-  };
-  TORCH_CHECK(xz.dim() == 3 && xz.sym_size(1) % 2 == 0,
-              "mamba_inner: xz must have shape (batch, 2 * dim, seqlen), got ", xz.sym_sizes());
-  require_rank("conv1d_weight", conv1d_weight, 3, "(dim, 1, width)");
-  require_shape("conv1d_weight", conv1d_weight, "(dim, 1, width)",
-                {dim(), 1, conv1d_weight.sym_size(2)});
-  require_rank("delta_proj_weight", delta_proj_weight, 2, "(dim, dt_rank)");
-  require_shape("delta_proj_weight", delta_proj_weight, "(dim, dt_rank)",
-                {dim(), delta_proj_weight.sym_size(1)});
-  require_rank("A", A, 2, "(dim, dstate)");
-  require_shape("A", A, "(dim, dstate)", {dim(), A.sym_size(1)});
+  const MetaChecks checks("mamba_inner", "xz", xz);
+  checks.rank("xz", xz, {3}, "(batch, 2 * dim, seqlen)");
+  checks.activation("xz", xz);
+  const c10::SymInt dim = this->dim();
+  checks.shape("xz", xz,
+               {{"batch", xz.sym_size(0)}, {"2 * dim", 2 * dim}, {"seqlen", xz.sym_size(2)}});
+  checks.rank("conv1d_weight", conv1d_weight, {3}, "(dim, 1, width)");
+  checks.shape("conv1d_weight", conv1d_weight,
+               {{"dim", dim}, {"1", 1}, {"width", conv1d_weight.sym_size(2)}});
+  checks.rank("delta_proj_weight", delta_proj_weight, {2}, "(dim, dt_rank)");
+  checks.shape("delta_proj_weight", delta_proj_weight,
+               {{"dim", dim}, {"dt_rank", delta_proj_weight.sym_size(1)}});
+  checks.rank("A", A, {2}, "(dim, dstate)");
+  checks.shape("A", A, {{"dim", dim}, {"dstate", A.sym_size(1)}});
   const int64_t projected = (B.defined() ? 0 : rows()) + (C.defined() ? 0 : rows());
-  require_shape("x_proj_weight", x_proj_weight, "(dt_rank + rows of B and C, dim)",
-                {dt_rank() + projected, dim()});
-  require_rank("out_proj_weight", out_proj_weight, 2, "(d_model, dim)");
-  require_shape("out_proj_weight", out_proj_weight, "(d_model, dim)",
-                {out_proj_weight.sym_size(0), dim()});
-  TORCH_CHECK(checkpoint_lvl == 0 || checkpoint_lvl == 1,
-              "mamba_inner: checkpoint_lvl must be 0 or 1, got ", checkpoint_lvl);
+  checks.rank("x_proj_weight", x_proj_weight, {2}, "(dt_rank + rows of B and C, dim)");
+  checks.shape("x_proj_weight", x_proj_weight,
+               {{"dt_rank + rows of B and C", dt_rank() + projected}, {"dim", dim}});
+  checks.rank("out_proj_weight", out_proj_weight, {2}, "(d_model, dim)");
+  checks.shape("out_proj_weight", out_proj_weight,
+               {{"d_model", out_proj_weight.sym_size(0)}, {"dim", dim}});
+  const auto vector = [&](const char* name, const Tensor& tensor, const char* size_name,
+                          const c10::SymInt& size) {
+    if (tensor.defined()) checks.shape(name, tensor, {{size_name, size}});
+  };
+  vector("conv1d_bias", conv1d_bias, "dim", dim);
+  vector("out_proj_bias", out_proj_bias, "d_model", out_proj_weight.sym_size(0));
+  vector("D", D, "dim", dim);
+  vector("delta_bias", delta_bias, "dim", dim);
+  vector("B_proj_bias", B_proj_bias, "rows of B", rows());
+  vector("C_proj_bias", C_proj_bias, "rows of C", rows());
+  vector("b_rms_weight", b_rms_weight, "rows of B", rows());
+  vector("c_rms_weight", c_rms_weight, "rows of C", rows());
+  vector("dt_rms_weight", dt_rms_weight, "dim", dim);
+  if (checkpoint_lvl != 0 && checkpoint_lvl != 1) {
+    checks.fail("checkpoint_lvl must be 0 or 1, got " + std::to_string(checkpoint_lvl));
+  }
 }
 
 /// Under autocast the products run in its dtype; the casts are differentiable.

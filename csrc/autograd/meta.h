@@ -12,7 +12,7 @@
 
 namespace mamba_ssm {
 
-/// Meta tensors, for the checks: sizes may be symbols.
+/// Torch's own tensors, for the checks: sizes may be symbols.
 struct MetaAccess {
   using Tensor = at::Tensor;
   using Size = c10::SymInt;

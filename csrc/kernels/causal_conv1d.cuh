@@ -1,5 +1,5 @@
-// What the CUDA kernels of the causal convolution share: the row as they see it, taps, activation,
-// and how rows are cut into strips.
+// What the CUDA kernels of the causal convolution share: the row as they see it, taps, and how rows
+// are cut into strips.
 //
 // The extended row: x at 0 <= t < seqlen, the columns of initial_states at -(width-1) <= t < 0.
 // Seen so, the taps need no special case at the start of a row, dinitial_states is dx at t < 0, and
@@ -16,6 +16,10 @@
 #include "packed_sequences.cuh"
 
 namespace mamba_ssm::kernels {
+
+/// Channels of a thread that walks packs of them: 8 bytes. 16 spill the backward (sm_90).
+template <class T>
+constexpr int kPackedChannels = 8 / sizeof(T);
 
 /// Inputs of one extended row; zero outside of it.
 template <class T>
@@ -113,11 +117,9 @@ struct Taps {
 
   __device__ __forceinline__ Taps(const View<2>& w, const View<1>& b, int64_t c) {
     ParameterBits<Acc, kWidth * kVec> weight_bits;
-    weight_bits.load(w.data, w.dtype, [&](int i) {
-      return (c + i % kVec) * w.stride[0] + i / kVec * w.stride[1];
-    });
+    weight_bits.template load<kVec>(w.data, w.dtype, c * w.stride[0], w.stride[0], w.stride[1]);
     ParameterBits<Acc, kVec> bias_bits;
-    if (given(b)) bias_bits.load(b.data, b.dtype, [&](int i) { return (c + i) * b.stride[0]; });
+    if (given(b)) bias_bits.load(b.data, b.dtype, c * b.stride[0], b.stride[0]);
 #pragma unroll
     for (int i = 0; i < kWidth * kVec; ++i) {
       weight[i / kVec][i % kVec] = weight_bits.value(w.dtype, i);
@@ -145,9 +147,10 @@ __device__ Accumulate<T> preactivation(const CausalConv1dParams& p, const Extend
   return sum;
 }
 
-/// Rows cut in time, blocks of strips of neighboring tokens: a block owns one group of channels.
+/// Rows cut in time. The warps of a block own neighboring strips of one group of channels, or one
+/// strip of neighboring channels.
 struct Strips {
-  unsigned groups;  // of channels
+  unsigned groups;  // of channels, one to a block
   unsigned blocks;  // per row and group, at least 1
   int length;       // tokens of a strip
 };
@@ -211,17 +214,41 @@ struct Window {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Cuts rows so that about `warps` warps have a strip of between `least` and `most` tokens, a
-/// multiple of `step`.
+/// Into how many blocks to cut each of `rows` rows, at least 1 and at most `most`, so that all of
+/// them fill `places` resident blocks a whole number of times, or nearly: as few as do.
+inline int64_t blocks_of_row(int64_t rows, int64_t places, int64_t most) {
+  constexpr int kMostWaves = 8;
+  constexpr double kGood = 0.9;
+  int64_t best = 1;
+  double best_share = 0;  // of the places in use, over all waves
+  for (int waves = 1; waves <= kMostWaves && best_share < kGood; ++waves) {
+    const int64_t blocks = std::clamp<int64_t>(waves * places / rows, 1, most);
+    const int64_t used = rows * blocks;
+    const double share = static_cast<double>(used) / (ceil_div(used, places) * places);
+    if (share > best_share) {
+      best = blocks;
+      best_share = share;
+    }
+  }
+  return best;
+}
+
+/// Cuts rows for warps that walk strips of kVec * 32 channels, `resident` blocks of kWarps to a
+/// multiprocessor; strips are multiples of `step` tokens.
 template <int kWarps, int kVec>
-Strips cut_channels(const CausalConv1dParams& p, int64_t warps, int step, int least, int most) {
+Strips cut_channels(const CausalConv1dParams& p, int resident, int step) {
+  constexpr int kLeastTokens = 32;  // of a strip: it reads width - 1 more
   Strips strips;
   strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarpSize * kVec));
-  const int64_t tokens = ceil_div(p.batch * strips.groups * p.seqlen, warps);
-  strips.length = static_cast<int>(
-      std::clamp<int64_t>(ceil_div(tokens, step) * step, least, most));
-  strips.blocks =
-      static_cast<unsigned>(std::max<int64_t>(ceil_div(p.seqlen, strips.length * kWarps), 1));
+  const int64_t most = std::max<int64_t>(ceil_div(p.seqlen, kLeastTokens * kWarps), 1);
+  const int64_t rows = std::max<int64_t>(p.batch * strips.groups, 1);
+  const int64_t blocks =
+      blocks_of_row(rows, int64_t{multiprocessor_count()} * resident, most);
+  constexpr int64_t kMostTokens = 1 << 24;  // of a strip: they are counted in int
+  const int64_t tokens = std::clamp<int64_t>(ceil_div(p.seqlen, blocks * kWarps), 1, kMostTokens);
+  strips.length = static_cast<int>(ceil_div(tokens, step) * step);
+  strips.blocks = static_cast<unsigned>(
+      std::max<int64_t>(ceil_div(p.seqlen, int64_t{strips.length} * kWarps), 1));
   return strips;
 }
 

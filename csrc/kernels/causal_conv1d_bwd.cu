@@ -22,40 +22,14 @@
 namespace mamba_ssm::kernels {
 namespace {
 
-#ifndef BWD_BYTES
-#define BWD_BYTES 8
-#endif
-#ifndef BWD_STAGES
-#define BWD_STAGES 4
-#endif
-#ifndef BWD_BLOCKS
-#define BWD_BLOCKS 4
-#endif
-#ifndef BWD_TOKEN_STAGES
-#define BWD_TOKEN_STAGES 8
-#endif
-#ifndef BWD_TOKEN_BLOCKS
-#define BWD_TOKEN_BLOCKS 5
-#endif
-#ifndef BWD_PER_SM
-#define BWD_PER_SM 16
-#endif
-#ifndef BWD_MIN_STRIP
-#define BWD_MIN_STRIP 32
-#endif
-#ifndef BWD_MAX_STRIP
-#define BWD_MAX_STRIP 512
-#endif
-#ifndef BWD_TOKEN_WARPS
-#define BWD_TOKEN_WARPS 64
-#endif
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-template <class T>
-constexpr int kChannels = BWD_BYTES / sizeof(T);  // of a thread that walks channels in packs
-constexpr int kRows = 4;               // tokens of a stage: a multiple of them keeps the window in place
-constexpr int kStages = BWD_STAGES;    // of the ring, walking channels
-constexpr int kTokenStages = BWD_TOKEN_STAGES;  // and walking tokens
+// Walking channels.
+constexpr int kRows = 4;    // tokens of a stage; after four the window is back in its registers
+template <class T, int kVec>
+constexpr int kResident = sizeof(T) == 8 ? 2 : kVec == 2 ? 6 : 4;  // blocks of a multiprocessor
+// Walking tokens.
+constexpr int kTokenResident = 7;  // blocks of a multiprocessor
 
 /// The tokens of the extended row that dfinal_states belongs to: [begin, last] of sequence id,
 /// counted from the start of a strip.
@@ -160,9 +134,10 @@ __device__ void store_partial(const CausalConv1dParams& p, const ChannelWalk<kWa
 }
 
 template <class T, int kVec, int kWidth, bool kPacked>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : BWD_BLOCKS)
+__global__ void __launch_bounds__(kThreads, kResident<T, kVec>)
     backward_channels(const CausalConv1dParams p, const Strips strips, Accumulate<T>* partials) {
   using Acc = Accumulate<T>;
+  constexpr int kStages = 4;  // of the ring: 32 KB a block
   // A thread reads only what it copied itself: no barriers.
   struct Stage {
     Pack<T, kVec> x[kThreads];
@@ -304,6 +279,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : BWD_BLOCKS)
       fetch();
       stage = stage + 1 < kStages ? stage + 1 : 0;
     }
+    wait_copies<0>();  // the sums take the ring's place
   }
   store_partial(p, walk, sums, 0, kWidth + 1, shared.sums, partials);
 }
@@ -367,18 +343,19 @@ __global__ void __launch_bounds__(kThreads)
 
 /// kPlain: rows start and end at 16-byte boundaries, and there are neither ids nor states.
 template <class T, int kWidth, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kPlain ? BWD_TOKEN_BLOCKS : 1)
+__global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
     backward_tokens(const CausalConv1dParams p, const Strips strips, Accumulate<T>* partials) {
   using Acc = Accumulate<T>;
   constexpr int kVec = Vector<T>::kSize;
   constexpr int kHalo = kWidth - 1;
   constexpr int kTail = 4;                 // elements at the end of a vector that hold the halo
   constexpr int kStep = kWarpSize * kVec;  // tokens that a warp computes at a time
+  constexpr int kStages = 4;               // of the ring, a step each: 16 KB a block
   struct Stage {
     Pack<T, kVec> x[kWarpSize];
     Pack<T, kVec> dout[kWarpSize];
   };
-  __shared__ Stage shared[kWarps][kTokenStages];
+  __shared__ Stage shared[kWarps][kStages];
   Stage* const ring = shared[threadIdx.x / kWarpSize];
 
   const int lane = threadIdx.x % kWarpSize;
@@ -411,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? BWD_TOKEN_BLOCKS : 1)
 
   // Steps go down from `first` to 0. Of the step before 0 only the halo is fetched.
   const int first = (readable - 1) / kStep;
-  const auto slot = [](int i) { return static_cast<unsigned>(i) % kTokenStages; };
+  const auto slot = [](int i) { return static_cast<unsigned>(i) % kStages; };
   const auto fetch = [&](int i) {
     const int u = i * kStep + lane * kVec;
     Stage& stage = ring[slot(i)];
@@ -437,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? BWD_TOKEN_BLOCKS : 1)
     commit_copies();
   };
 #pragma unroll
-  for (int j = 0; j < kTokenStages - 1; ++j) fetch(first - j);
+  for (int j = 0; j < kStages - 1; ++j) fetch(first - j);
 
   const Taps<T, 1, kWidth> taps(p.weight, p.bias, c);
   const ExtendedIds ids = extended_ids<!kPlain>(p, b, begin - kHalo);
@@ -450,9 +427,9 @@ __global__ void __launch_bounds__(kThreads, kPlain ? BWD_TOKEN_BLOCKS : 1)
   for (int i = first; i >= 0; --i) {
     // This step and the one to its left have to be there, for all lanes; and all lanes are done
     // with the step to the right, whose place is filled again.
-    wait_copies<kTokenStages - 3>();
+    wait_copies<kStages - 3>();
     __syncwarp();
-    fetch(i - (kTokenStages - 1));
+    fetch(i - (kStages - 1));
     const int u = i * kStep + lane * kVec;
     Acc window[kHalo + kVec];  // inputs of tokens u - kHalo .. u + kVec - 1
     Acc g[kVec];
@@ -598,27 +575,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Strips of warps that walk channels, kVec to a thread.
-template <int kVec>
+template <class T, int kVec>
 Strips channel_strips(const CausalConv1dParams& p) {
-  return cut_channels<kWarps, kVec>(p, int64_t{multiprocessor_count()} * BWD_PER_SM, kRows,
-                                    BWD_MIN_STRIP, BWD_MAX_STRIP);
+  return cut_channels<kWarps, kVec>(p, kResident<T, kVec>, kRows);
 }
 
-/// Strips of warps that walk tokens: whole rows unless these are too few to fill the GPU evenly. A
-/// row of x leaves up to `phase` slots empty in its first vector.
+/// Strips of warps that walk tokens. A row of x leaves up to `phase` slots empty in its first vector.
 template <class T>
 Strips token_strips(const CausalConv1dParams& p, int64_t phase) {
   constexpr int64_t kStep = kWarpSize * Vector<T>::kSize;
-  constexpr int64_t kMostSteps = 1 << 20;  // tokens of a strip are counted in int
-  constexpr int64_t kLeastSteps = 8;       // a strip computes one more
-  const int64_t wanted = int64_t{multiprocessor_count()} * BWD_TOKEN_WARPS;
-  const int64_t steps = std::max<int64_t>(ceil_div(p.seqlen + phase, kStep), 1);
-  const int64_t most = std::max<int64_t>(steps / kLeastSteps, 1);
-  const int64_t count = std::clamp<int64_t>(ceil_div(wanted, p.batch * p.dim), 1, most);
+  constexpr int64_t kLeastSteps = 8;       // of a strip: it computes one more
+  constexpr int64_t kMostSteps = 1 << 16;  // its tokens are counted in int
   Strips strips;
   strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
-  strips.length = static_cast<int>(std::min(ceil_div(steps, count), kMostSteps) * kStep);
+  const int64_t steps = std::max<int64_t>(ceil_div(p.seqlen + phase, kStep), 1);
+  const int64_t most = std::max<int64_t>(steps / kLeastSteps, 1);
+  const int64_t blocks = blocks_of_row(
+      p.batch * strips.groups, int64_t{multiprocessor_count()} * kTokenResident, most);
+  strips.length = static_cast<int>(std::min(ceil_div(steps, blocks), kMostSteps) * kStep);
   strips.blocks = static_cast<unsigned>(ceil_div(steps * kStep, strips.length));
   return strips;
 }
@@ -630,7 +604,7 @@ template <class T>
 Layout layout_of(const CausalConv1dParams& p) {
   if (!has_own_arm(p.width)) return Layout::kOtherWidth;
   if (sizeof(T) > 4 || p.seqlen == 0) return Layout::kElements;
-  if (channels_are_packed<T, std::max<int>(kChannels<T>, 1)>(p.dim, p.x, p.dout, p.dx)) {
+  if (channels_are_packed<T, kPackedChannels<T>>(p.dim, p.x, p.dout, p.dx)) {
     return Layout::kChannelPacks;
   }
   if (tokens_are_vectors<T>(p.x, p.dout, p.dx)) return Layout::kTokenVectors;
@@ -643,9 +617,9 @@ Layout layout_of(const CausalConv1dParams& p) {
 template <class T>
 size_t workspace_causal_conv1d_bwd(const CausalConv1dParams& p) {
   if (p.batch == 0 || p.dim == 0) return 0;
-  unsigned count = channel_strips<1>(p).blocks;
+  unsigned count = channel_strips<T, 1>(p).blocks;
   if constexpr (sizeof(T) <= 4) {
-    count = std::max({count, channel_strips<kChannels<T>>(p).blocks, token_strips<T>(p, 0).blocks,
+    count = std::max({count, channel_strips<T, kPackedChannels<T>>(p).blocks, token_strips<T>(p, 0).blocks,
                       token_strips<T>(p, Vector<T>::kSize - 1).blocks});
   }
   return sizeof(Accumulate<T>) * static_cast<size_t>(p.batch * count * p.dim * (p.width + 1));
@@ -661,17 +635,17 @@ CudaStatus launch_causal_conv1d_bwd(const CausalConv1dParams& p, void* workspace
   int64_t count = 0;  // of partial sums
   if (p.batch > 0) {
     const Layout layout = layout_of<T>(p);
-    Strips strips = channel_strips<1>(p);
+    Strips strips = channel_strips<T, 1>(p);
     const auto blocks = [&] {
       count = p.batch * strips.blocks;
       return static_cast<unsigned>(count * strips.groups);
     };
     if constexpr (sizeof(T) <= 4) {
       if (layout == Layout::kChannelPacks) {
-        strips = channel_strips<kChannels<T>>(p);
+        strips = channel_strips<T, kPackedChannels<T>>(p);
         for_width(p.width, [&](auto width) {
           for_flag(given(p.seq_idx), [&](auto packed) {
-            backward_channels<T, kChannels<T>, width, packed>
+            backward_channels<T, kPackedChannels<T>, width, packed>
                 <<<blocks(), kThreads, 0, stream>>>(p, strips, partials);
           });
         });

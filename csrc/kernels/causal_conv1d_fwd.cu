@@ -13,38 +13,18 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 
-#ifndef FWD_BYTES
-#define FWD_BYTES 16
-#endif
-#ifndef FWD_STAGES
-#define FWD_STAGES 4
-#endif
-#ifndef FWD_BLOCKS
-#define FWD_BLOCKS 4
-#endif
-#ifndef FWD_STEPS
-#define FWD_STEPS 8
-#endif
-#ifndef FWD_MIN_STRIP
-#define FWD_MIN_STRIP 32
-#endif
-#ifndef FWD_MAX_STRIP
-#define FWD_MAX_STRIP 256
-#endif
-#ifndef FWD_WARPS
-#define FWD_WARPS 20
-#endif
-template <class T>
-constexpr int kChannels = FWD_BYTES / sizeof(T);  // of a thread, channel-last
-constexpr int kRows = 4;              // tokens of a stage: a multiple of them keeps the window in place
-constexpr int kStages = FWD_STAGES;   // of the ring
-constexpr int kSteps = FWD_STEPS;     // vectors of a thread in flight, channel-first
+// Walking channels.
+constexpr int kRows = 4;      // tokens of a stage; after four the window is back in its registers
+constexpr int kResident = 6;  // blocks of a multiprocessor
+// Walking tokens.
+constexpr int kSteps = 6;  // vectors of a thread, all in flight at once
 
 template <class T, int kWidth, bool kPacked>
-__global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
+__global__ void __launch_bounds__(kThreads, kResident)
     forward_channel_last(const CausalConv1dParams p, const Strips strips) {
   using Acc = Accumulate<T>;
-  constexpr int kVec = kChannels<T>;
+  constexpr int kVec = kPackedChannels<T>;
+  constexpr int kStages = 6;  // of the ring: 24 KB a block
   // A thread reads only what it copied itself: no barriers.
   __shared__ Pack<T, kVec> ring[kStages][kRows][kThreads];
 
@@ -53,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
   const int64_t c = walk.c;
   const int length = walk.length;
   const ExtendedIds ids = extended_ids<kPacked>(p, b, walk.begin - (kWidth - 1));
-  if (c >= p.dim) return;
+  if (c >= p.dim || length == 0) return;
 
   const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c + walk.begin * p.x.stride[2];
   T* out = static_cast<T*>(p.out.data) + b * p.out.stride[0] + c + walk.begin * p.out.stride[2];
@@ -288,9 +268,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void launch_outputs(const CausalConv1dParams& p, cudaStream_t stream) {
   if constexpr (sizeof(T) <= 4) {
-    if (has_own_arm(p.width) && channels_are_packed<T, kChannels<T>>(p.dim, p.x, p.out)) {
-      const Strips strips = cut_channels<kWarps, kChannels<T>>(
-          p, int64_t{multiprocessor_count()} * FWD_WARPS, kRows, FWD_MIN_STRIP, FWD_MAX_STRIP);
+    if (has_own_arm(p.width) && channels_are_packed<T, kPackedChannels<T>>(p.dim, p.x, p.out)) {
+      const Strips strips = cut_channels<kWarps, kPackedChannels<T>>(p, kResident, kRows);
       const auto blocks =
           static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
       for_width(p.width, [&](auto width) {

@@ -14,10 +14,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kStateLen = 4;  // columns of the cache that the one-token kernel is made for
-#ifndef UPD_ROWS
-#define UPD_ROWS 2
-#endif
-constexpr int kRows = UPD_ROWS;      // batch rows of a thread: they share taps, and their loads overlap
+constexpr int kRows = 2;      // batch rows of a thread: they share taps, and their loads overlap
 
 /// The cache slot of row b, or -1 for a row without one.
 __device__ int64_t slot_of(const CausalConv1dUpdateParams& p, int64_t b) {

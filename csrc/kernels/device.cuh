@@ -279,22 +279,25 @@ struct ParameterBits {
   using Word = std::conditional_t<std::is_same_v<Acc, double>, uint64_t, uint32_t>;
   Word word[kSize];
 
-  /// word[i] = the element at offset(i)
-  template <class Offset>
-  __device__ __forceinline__ void load(const void* data, DType dtype, Offset offset) {
+  /// word[i] = the element at offset + i % kInner * inner + i / kInner * outer
+  template <int kInner = kSize>
+  __device__ __forceinline__ void load(const void* data, DType dtype, int64_t offset,
+                                       int64_t inner = 0, int64_t outer = 0) {
     if (dtype == DType::kFloat32) {
-      load_words<uint32_t>(data, offset);
+      load_words<uint32_t, kInner>(data, offset, inner, outer);
     } else if (std::is_same_v<Acc, double> && dtype == DType::kFloat64) {
-      load_words<Word>(data, offset);
+      load_words<Word, kInner>(data, offset, inner, outer);
     } else {
-      load_words<uint16_t>(data, offset);
+      load_words<uint16_t, kInner>(data, offset, inner, outer);
     }
   }
 
-  template <class Source, class Offset>
-  __device__ __forceinline__ void load_words(const void* data, Offset offset) {
+  template <class Source, int kInner>
+  __device__ __forceinline__ void load_words(const void* data, int64_t offset, int64_t inner,
+                                             int64_t outer) {
+    const Source* const first = static_cast<const Source*>(data) + offset;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) word[i] = static_cast<const Source*>(data)[offset(i)];
+    for (int i = 0; i < kSize; ++i) word[i] = first[i % kInner * inner + i / kInner * outer];
   }
 
   __device__ __forceinline__ Acc value(DType dtype, int i) const {

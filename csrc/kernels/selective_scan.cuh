@@ -69,7 +69,13 @@ constexpr int kStates = kStateBlock / kQuarters;     // of a lane
 constexpr int kRows = kWarpSize / kQuarters;         // channels of a warp
 constexpr int kTokens = kTile / kQuarters;           // of a lane, in pointwise work
 constexpr int kPitch = kTile + 4;                    // rows of a plane fall into different banks
-constexpr int kPlane = kRows * kPitch;               // floats
+constexpr int kWarps = 4;                            // of a block
+constexpr int kThreads = kWarps * kWarpSize;
+
+/// Floats of a plane with `depth` rows per lane: 8 more than its rows, so that the four quarters of
+/// a row, each in a plane of its own, fall into different banks as well.
+__host__ __device__ constexpr int plane_size(int depth) { return depth * kRows * kPitch + 8; }
+
 
 /// Which tensors move as 16-byte vectors.
 enum VectorBit : unsigned {
@@ -81,11 +87,20 @@ enum VectorBit : unsigned {
   kVectorDu = 32,
   kVectorDdelta = 64,
   kVectorDz = 128,
+  kVectorB = 256,
+  kVectorC = 512,
 };
 
 template <class T>
 unsigned vector_bit(const View<3>& v, VectorBit bit) {
   return v.stride[2] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1]) ? bit : 0;
+}
+
+template <class T>
+unsigned vector_bit(const View<4>& v, VectorBit bit) {
+  const bool allowed = v.stride[3] == 1 &&
+                       allows_vectors<T>(v.data, v.stride[0], v.stride[1], v.stride[2]);
+  return allowed ? bit : 0;
 }
 
 /// How a call of the shared path is cut into blocks. Sizes and positions fit 32 bits there
@@ -146,13 +161,49 @@ struct Tokens {
       pack[i / kSize].round(part);
     }
   }
+
+  // As a queue, for element by element access: code that is rarely run stays short.
+
+  /// Every token moves up by one; x becomes the first.
+  __device__ __forceinline__ void push(T x) {
+#pragma unroll
+    for (int i = kWords - 1; i > 0; --i) {
+      word(i) = sizeof(T) == 4 ? word(i - 1) : __funnelshift_l(word(i - 1), word(i), 16);
+    }
+    if constexpr (sizeof(T) == 4) {
+      word(0) = __float_as_uint(x);
+    } else {
+      word(0) = word(0) << 16 | *reinterpret_cast<const uint16_t*>(&x);
+    }
+  }
+  /// Removes and returns the first; every token moves down by one.
+  __device__ __forceinline__ T pop() {
+    const uint32_t bits = word(0);
+#pragma unroll
+    for (int i = 0; i + 1 < kWords; ++i) {
+      word(i) = sizeof(T) == 4 ? word(i + 1) : __funnelshift_r(word(i), word(i + 1), 16);
+    }
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(bits);
+    } else {
+      word(kWords - 1) >>= 16;
+      const auto half = static_cast<uint16_t>(bits);
+      return *reinterpret_cast<const T*>(&half);
+    }
+  }
+
+ private:
+  static constexpr int kWords = kTokens * sizeof(T) / sizeof(uint32_t);
+  __device__ __forceinline__ uint32_t& word(int i) {
+    constexpr int kPackWords = kWords * kSize / kTokens;
+    return pack[i / kPackWords].word[i % kPackWords];
+  }
 };
 
-/// Tokens t .. t + kTokens - 1 of row (b, c); zero from `end` on.
+/// The tokens t .. t + kTokens - 1 of a row; zero from `end` on.
 template <class T>
-__device__ __forceinline__ Tokens<T> load_tokens(const View<3>& v, bool vectors, int64_t b,
-                                                 int64_t c, int t, int end) {
-  const T* data = static_cast<const T*>(v.data) + b * v.stride[0] + c * v.stride[1];
+__device__ __forceinline__ Tokens<T> load_row(const T* data, int64_t stride, bool vectors, int t,
+                                              int end) {
   Tokens<T> tokens;
   if (vectors && t + kTokens <= end) {
 #pragma unroll
@@ -160,37 +211,82 @@ __device__ __forceinline__ Tokens<T> load_tokens(const View<3>& v, bool vectors,
       tokens.pack[i / Tokens<T>::kSize].load(data + t + i);
     }
   } else {
-    float x[kTokens];
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      x[i] = t + i < end ? to_accumulate(data[int64_t{t + i} * v.stride[2]]) : 0.0f;
+#pragma unroll 1
+    for (int i = kTokens - 1; i >= 0; --i) {
+      tokens.push(t + i < end ? data[int64_t{t + i} * stride] : from_accumulate<T>(0));
     }
-    tokens.round(x);  // exact
   }
   return tokens;
+}
+
+template <class T>
+__device__ __forceinline__ Tokens<T> load_tokens(const View<3>& v, bool vectors, int64_t b,
+                                                 int64_t c, int t, int end) {
+  return load_row(static_cast<const T*>(v.data) + b * v.stride[0] + c * v.stride[1], v.stride[2],
+                  vectors, t, end);
 }
 
 template <class T>
 __device__ __forceinline__ void store_tokens(const View<3>& v, bool vectors, int64_t b, int64_t c,
                                              int t, int end, const float (&x)[kTokens]) {
   T* data = static_cast<T*>(v.data) + b * v.stride[0] + c * v.stride[1];
+  Tokens<T> tokens;
+  tokens.round(x);
   if (vectors && t + kTokens <= end) {
-    Tokens<T> tokens;
-    tokens.round(x);
 #pragma unroll
     for (int i = 0; i < kTokens; i += Tokens<T>::kSize) {
       tokens.pack[i / Tokens<T>::kSize].store(data + t + i);
     }
   } else {
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (t + i < end) data[int64_t{t + i} * v.stride[2]] = from_accumulate<T>(x[i]);
+#pragma unroll 1
+    for (int i = 0; i < kTokens && t + i < end; ++i) {
+      data[int64_t{t + i} * v.stride[2]] = tokens.pop();
     }
   }
 }
 
+/// Asks for tokens that a later tile reads, where they stand side by side.
+template <class T>
+__device__ __forceinline__ void prefetch_tokens(const View<3>& v, bool vectors, int64_t b,
+                                                int64_t c, int t, int begin, int end) {
+  if (vectors && begin <= t && t < end) {
+    const T* data = static_cast<const T*>(v.data) + b * v.stride[0] + c * v.stride[1] + t;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(data));
+  }
+}
+
+__device__ __forceinline__ void unpack(const float4& v, float (&x)[4]) {
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+__device__ __forceinline__ float4 pack(const float (&x)[4]) {
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
 __device__ __forceinline__ float4* plane_row(float* plane, int row) {
   return reinterpret_cast<float4*>(plane + row * kPitch);
+}
+
+/// kCount floats of a plane from token t on, which is a multiple of kCount.
+template <int kCount>
+__device__ __forceinline__ void read_tokens(const float* plane, int row, int t,
+                                            float (&x)[kCount]) {
+  if constexpr (kCount == 4) {
+    unpack(*reinterpret_cast<const float4*>(plane + row * kPitch + t), x);
+  } else {
+    static_assert(kCount == 2);
+    const float2 two = *reinterpret_cast<const float2*>(plane + row * kPitch + t);
+    x[0] = two.x, x[1] = two.y;
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void write_tokens(float* plane, int row, int t,
+                                             const float (&x)[kCount]) {
+  if constexpr (kCount == 4) {
+    *reinterpret_cast<float4*>(plane + row * kPitch + t) = pack(x);
+  } else {
+    static_assert(kCount == 2);
+    *reinterpret_cast<float2*>(plane + row * kPitch + t) = make_float2(x[0], x[1]);
+  }
 }
 
 /// A lane's kTokens floats of a plane.
@@ -258,43 +354,41 @@ __device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
 
 // ---- Matrices and states -----------------------------------------------------------------------
 
-/// A matrix, or B and C side by side, for one tile and state block, on the way from global to shared
-/// memory: an item is one token and four neighboring states, a thread carries kItems.
-template <class T, int kCount, int kThreads>
+/// One matrix, or B and C side by side, for one tile and state block, on their way from global to
+/// shared memory: a lane carries 8 tokens of one state.
+template <class T, int kCount>
 struct MatrixStage {
-  static constexpr int kItems = kCount * kTile * kQuarters / kThreads;
-  static_assert(kItems * kThreads == kCount * kTile * kQuarters && (kCount == 1 || kCount == 2));
-  Pack<T, kStates> item[kItems];
+  static constexpr int kMatrixRows = kCount * kStateBlock;
+  Tokens<T> tokens;
 
-  static __device__ __forceinline__ int token() { return threadIdx.x % kTile; }
-  /// matrix * kQuarters + quarter
-  static __device__ __forceinline__ int quad(int i) {
-    return threadIdx.x / kTile + i * (kThreads / kTile);
+  static __device__ __forceinline__ int row() { return threadIdx.x % kMatrixRows; }
+  static __device__ __forceinline__ int part() { return threadIdx.x / kMatrixRows; }
+  static __device__ __forceinline__ bool active() { return kCount == 2 || part() < kQuarters; }
+
+  __device__ __forceinline__ void load(const View<4>& first, bool first_vectors,
+                                       const View<4>& second, bool second_vectors, int64_t b,
+                                       int64_t group, int64_t dstate, int begin, int end,
+                                       int block) {
+    if (!active()) return;
+    const bool is_first = row() < kStateBlock;
+    const auto stride = [&](int k) { return is_first ? first.stride[k] : second.stride[k]; };
+    const int n = block * kStateBlock + row() % kStateBlock;
+    const T* data = static_cast<const T*>(is_first ? first.data : second.data) + b * stride(0) +
+                    group * stride(1) + n * stride(2);
+    tokens = load_row(data, stride(3), is_first ? first_vectors : second_vectors,
+                      begin + part() * kTokens, n < dstate ? end : 0);
   }
 
-  /// Zero at padding, whatever stands there.
-  __device__ __forceinline__ void load(const View<4>& first, const View<4>& second,
-                                       const SelectiveScanParams& p, int64_t b, int64_t group,
-                                       int begin, int block, unsigned padding) {
-    const bool real = (padding >> token() & 1) == 0;
+  /// Calls put(token of the tile, matrix row, value); 0 at padding, whatever stands there.
+  template <class Put>
+  __device__ __forceinline__ void store(unsigned padding, Put put) const {
+    if (!active()) return;
+    float x[kTokens];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const bool is_first = kCount == 1 || quad(i) < kQuarters;
-      const auto stride = [&](int k) { return is_first ? first.stride[k] : second.stride[k]; };
-      const int n = block * kStateBlock + quad(i) % kQuarters * kStates;
-      const T* data = static_cast<const T*>(is_first ? first.data : second.data) + b * stride(0) +
-                      group * stride(1) + n * stride(2) + int64_t{begin + token()} * stride(3);
-      float x[kStates];
+    for (int j = 0; j < kTokens; ++j) x[j] = tokens[j];
+    clear_tokens(padding, part(), x);
 #pragma unroll
-      for (int j = 0; j < kStates; ++j) {
-        x[j] = real && n + j < p.dstate ? to_accumulate(data[j * stride(2)]) : 0.0f;
-      }
-      item[i].round(x);  // exact
-    }
-  }
-
-  __device__ __forceinline__ float4 value(int i) const {
-    return make_float4(item[i][0], item[i][1], item[i][2], item[i][3]);
+    for (int j = 0; j < kTokens; ++j) put(part() * kTokens + j, row(), x[j]);
   }
 };
 
@@ -323,7 +417,7 @@ struct StateSlot {
   }
   __device__ __forceinline__ void store(float* data, const float (&x)[kStates]) const {
     if (is_vector(data)) {
-      *reinterpret_cast<float4*>(data + offset) = make_float4(x[0], x[1], x[2], x[3]);
+      *reinterpret_cast<float4*>(data + offset) = pack(x);
     } else {
 #pragma unroll
       for (int i = 0; i < kStates; ++i) {
@@ -333,27 +427,41 @@ struct StateSlot {
   }
 };
 
+/// `count` of four elements a stride apart, the loads in flight together; 0 for the others.
+__device__ __forceinline__ void load_elements(const void* data, DType dtype, int64_t offset,
+                                              int64_t stride, int count, float (&x)[kStates]) {
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      x[i] = i < count ? static_cast<const float*>(data)[offset + i * stride] : 0.0f;
+    }
+  } else {
+    uint16_t bits[kStates];
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      bits[i] = i < count ? static_cast<const uint16_t*>(data)[offset + i * stride] : uint16_t{0};
+    }
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      x[i] = dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits[i]))
+                                      : __bfloat162float(__ushort_as_bfloat16(bits[i]));
+    }
+  }
+}
+
 /// log2(e) A of four states of channel c, so that exp(dt A) is one exp2; 0 where there is no state.
 __device__ __forceinline__ void load_decay_rates(const View<2>& A, int64_t c, int n, int count,
-                                                 float* rate) {
-#pragma unroll 1  // once per row; the switch over types is long
-  for (int i = 0; i < kStates; ++i) {
-    rate[i] = i < count ? kLog2E * load_as<float>(A.data, A.dtype,
-                                                  c * A.stride[0] + (n + i) * A.stride[1])
-                        : 0.0f;
-  }
+                                                 float (&rate)[kStates]) {
+  load_elements(A.data, A.dtype, c * A.stride[0] + n * A.stride[1], A.stride[1], count, rate);
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) rate[i] *= kLog2E;
 }
 
 /// Four states of a tensor (batch, dim, dstate) of any strides and type; 0 without the tensor.
 __device__ __forceinline__ void load_states(const View<3>& v, int64_t b, int64_t c, int n,
-                                            int count, float* x) {
-#pragma unroll 1
-  for (int i = 0; i < kStates; ++i) {
-    x[i] = given(v) && i < count
-               ? load_as<float>(v.data, v.dtype,
-                                b * v.stride[0] + c * v.stride[1] + (n + i) * v.stride[2])
-               : 0.0f;
-  }
+                                            int count, float (&x)[kStates]) {
+  load_elements(v.data, v.dtype, b * v.stride[0] + c * v.stride[1] + n * v.stride[2], v.stride[2],
+                given(v) ? count : 0, x);
 }
 __device__ __forceinline__ void store_states(const View<3>& v, int64_t b, int64_t c, int n,
                                              int count, const float* x) {
@@ -365,9 +473,6 @@ __device__ __forceinline__ void store_states(const View<3>& v, int64_t b, int64_
   }
 }
 
-__device__ __forceinline__ void unpack(const float4& v, float (&x)[4]) {
-  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-}
 
 // ---- Segments ----------------------------------------------------------------------------------
 
@@ -377,58 +482,59 @@ struct SegmentSums {
   float* step_sum;  // (batch, segments, dim); NaN if a reset lets nothing through
 };
 
-/// x = decay x + end of one segment, for four states of channel c.
-__device__ __forceinline__ void pass_segment(const SegmentSums& sums, int64_t segment_row,
-                                             int64_t dim, int64_t dstate, int64_t c, int n,
-                                             const float (&rate)[kStates], float (&x)[kStates]) {
-  const StateSlot slot(segment_row * dim + c, n, dstate, true);
-  float end[kStates];
-  slot.load(sums.end, end);
-  const float step_sum = sums.step_sum[segment_row * dim + c];
+/// Takes four states of channel c through `count` segments: x = decay x + end, one after the other.
+__device__ __forceinline__ void pass_segments(const SegmentSums& sums, int first_row, int row_step,
+                                              int count, int64_t dim, int64_t dstate, int c, int n,
+                                              const float (&rate)[kStates], float (&x)[kStates]) {
+#pragma unroll 4  // loads of several segments in flight
+  for (int k = 0; k < count; ++k) {
+    const int64_t row = int64_t{first_row + k * row_step} * dim + c;
+    float end[kStates];
+    StateSlot(row, n, dstate, true).load(sums.end, end);
+    const float step_sum = sums.step_sum[row];
 #pragma unroll
-  for (int i = 0; i < kStates; ++i) {
-    const bool gone = x[i] == 0 || isnan(step_sum);  // 0 stays 0 beside a decay that overflows
-    x[i] = gone ? end[i] : fmaf(fast_exp2(step_sum * rate[i]), x[i], end[i]);
+    for (int i = 0; i < kStates; ++i) {
+      const bool gone = x[i] == 0 || isnan(step_sum);  // 0 stays 0 beside a decay that overflows
+      x[i] = gone ? end[i] : fmaf(fast_exp2(step_sum * rate[i]), x[i], end[i]);
+    }
   }
 }
 
-constexpr int kSegmentWarps = 4;
-constexpr int kSegmentThreads = kSegmentWarps * kWarpSize;
-constexpr int kSegmentPitch = kQuarters + 1;  // float4 per token of the matrix: no bank conflicts
-
 inline size_t segment_kernel_shared(const ScanPlan& plan) {
-  return sizeof(float4) * (kTile * kSegmentPitch + 2 * plan.state_blocks * kSegmentThreads) +
-         sizeof(float) * 2 * kSegmentWarps * kPlane;
+  return sizeof(float4) * (kTile * kQuarters + 2 * plan.state_blocks * kThreads) +
+         sizeof(float) * 2 * kWarps * plane_size(1);
 }
 
 /// SegmentSums of all segments but the last (forward) or the first (kReverse).
 template <class T, bool kPacked, bool kReverse>
-__global__ void __launch_bounds__(kSegmentThreads)
+__global__ void __launch_bounds__(kThreads)
     scan_segments(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums sums) {
   extern __shared__ float4 shared[];
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / kQuarters;
   const int part = lane % kQuarters;  // quarter of a state block, or 8 tokens of a tile
-  float4* const matrix = shared;                           // (kTile, kSegmentPitch)
-  float4* const states = matrix + kTile * kSegmentPitch;   // (state_blocks, threads)
-  float4* const rates = states + plan.state_blocks * kSegmentThreads;
-  float* const steps = reinterpret_cast<float*>(rates + plan.state_blocks * kSegmentThreads) +
-                       threadIdx.x / kWarpSize * 2 * kPlane;
-  float* const inputs = steps + kPlane;
+  float4* const matrix = shared;                           // (kTile, kQuarters)
+  float4* const states = matrix + kTile * kQuarters;   // (state_blocks, threads)
+  float4* const rates = states + plan.state_blocks * kThreads;
+  float* const steps = reinterpret_cast<float*>(rates + plan.state_blocks * kThreads) +
+                       threadIdx.x / kWarpSize * 2 * plane_size(1);
+  float* const inputs = steps + plane_size(1);
 
   const ScanPlace place =
-      scan_place(p, plan, kSegmentWarps * kRows, kReverse ? 1 : 0, plan.segments - 1);
+      scan_place(p, plan, kWarps * kRows, kReverse ? 1 : 0, plan.segments - 1);
   const int c = place.channel + threadIdx.x / kWarpSize * kRows + row;
   const bool exists = c < place.channel_end;
   const float bias = exists ? parameter<float>(p.delta_bias, c) : 0.0f;
   const View<4>& view = kReverse ? p.C : p.B;
+  const bool vectors = plan.vectors & (kReverse ? kVectorC : kVectorB);
 
   for (int block = 0; block < plan.state_blocks; ++block) {
     const int n = block * kStateBlock + part * kStates;
     const StateSlot slot(0, n, p.dstate, exists);
-    load_decay_rates(p.A, c, n, slot.count,
-                     reinterpret_cast<float*>(rates + block * kSegmentThreads + threadIdx.x));
-    states[block * kSegmentThreads + threadIdx.x] = make_float4(0, 0, 0, 0);
+    float rate[kStates];
+    load_decay_rates(p.A, c, n, slot.count, rate);
+    rates[block * kThreads + threadIdx.x] = pack(rate);
+    states[block * kThreads + threadIdx.x] = make_float4(0, 0, 0, 0);
   }
 
   float step_sum = 0;
@@ -461,17 +567,17 @@ __global__ void __launch_bounds__(kSegmentThreads)
     write_plane(inputs, row, part, x);
 
     for (int block = 0; block < plan.state_blocks; ++block) {
-      MatrixStage<T, 1, kSegmentThreads> stage;
-      stage.load(view, view, p, place.b, place.group, begin, block, marks.padding);
+      MatrixStage<T, 1> stage;
+      stage.load(view, vectors, view, vectors, place.b, place.group, p.dstate, begin, place.end,
+                 block);
       __syncthreads();
-#pragma unroll
-      for (int j = 0; j < stage.kItems; ++j) {
-        matrix[stage.token() * kSegmentPitch + stage.quad(j)] = stage.value(j);
-      }
+      stage.store(marks.padding, [&](int token, int n, float x) {
+        reinterpret_cast<float*>(matrix)[token * kStateBlock + n] = x;
+      });
       __syncthreads();
       float rate[kStates], h[kStates];
-      unpack(rates[block * kSegmentThreads + threadIdx.x], rate);
-      unpack(states[block * kSegmentThreads + threadIdx.x], h);
+      unpack(rates[block * kThreads + threadIdx.x], rate);
+      unpack(states[block * kThreads + threadIdx.x], h);
 #pragma unroll 2
       for (int m = 0; m < kTile / 4; ++m) {
         const int four = kReverse ? kTile / 4 - 1 - m : m;
@@ -482,7 +588,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
         for (int k = 0; k < 4; ++k) {
           const int j = kReverse ? 3 - k : k;
           float M[kStates];
-          unpack(matrix[(4 * four + j) * kSegmentPitch + part], M);
+          unpack(matrix[(4 * four + j) * kQuarters + part], M);
           const bool reset = kPacked && (marks.resets >> (4 * four + j) & 1);
 #pragma unroll
           for (int s = 0; s < kStates; ++s) {
@@ -495,7 +601,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
           }
         }
       }
-      states[block * kSegmentThreads + threadIdx.x] = make_float4(h[0], h[1], h[2], h[3]);
+      states[block * kThreads + threadIdx.x] = pack(h);
     }
     __syncwarp();
   }
@@ -507,7 +613,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
     const StateSlot slot(int64_t{place.segment_row} * p.dim + c, block * kStateBlock + part * kStates,
                          p.dstate, exists);
     float h[kStates];
-    unpack(states[block * kSegmentThreads + threadIdx.x], h);
+    unpack(states[block * kThreads + threadIdx.x], h);
     slot.store(sums.end, h);
   }
 }
@@ -657,22 +763,27 @@ bool takes_shared_path(const SelectiveScanParams& p) {
          p.dim <= kMaxSize && p.seqlen <= kMaxSize;
 }
 
-/// Cuts a call into blocks of `warps`, `depth` channels per lane; into segments where the rows give fewer than `enough_warps`
-/// warps per multiprocessor, `wanted_warps` then, of at least `min_segment` tokens.
-inline ScanPlan plan_scan(const SelectiveScanParams& p, int warps, int depth, int64_t enough_warps,
-                          int64_t wanted_warps, int64_t min_segment) {
+/// Warps that the rows of a call give, with `depth` channels per lane.
+inline int64_t row_warps(const SelectiveScanParams& p, int depth) {
+  return p.batch * p.groups_B * ceil_div(p.dim / p.groups_B, kWarps * depth * kRows) * kWarps;
+}
+
+/// Cuts a call into blocks; into segments where the rows give fewer than `enough` warps per
+/// multiprocessor, as many as give `wanted` then, but of at least kMinSegment tokens.
+inline ScanPlan plan_scan(const SelectiveScanParams& p, int depth, int64_t enough, int64_t wanted) {
+  constexpr int64_t kMinSegment = 128;
   constexpr int64_t kMaxSegments = 64;  // the main kernel composes them one by one
   ScanPlan plan{};
   plan.groups = static_cast<int>(p.groups_B);
   plan.group_channels = static_cast<int>(p.dim / p.groups_B);
-  plan.tiles = static_cast<int>(ceil_div(plan.group_channels, warps * depth * kRows));
+  plan.tiles = static_cast<int>(ceil_div(plan.group_channels, kWarps * depth * kRows));
   plan.state_blocks = static_cast<int>(ceil_div(p.dstate, kStateBlock));
   const int64_t multiprocessors = multiprocessor_count();
-  const int64_t row_warps = p.batch * plan.groups * plan.tiles * warps;
+  const int64_t warps = row_warps(p, depth);
   int64_t segments = 1;
-  if (row_warps < enough_warps * multiprocessors) {
-    const int64_t possible = std::min(kMaxSegments, p.seqlen / min_segment);
-    segments = std::clamp<int64_t>(ceil_div(wanted_warps * multiprocessors, row_warps), 1,
+  if (warps < enough * multiprocessors) {
+    const int64_t possible = std::min(kMaxSegments, p.seqlen / kMinSegment);
+    segments = std::clamp<int64_t>(ceil_div(wanted * multiprocessors, warps), 1,
                                    std::max<int64_t>(possible, 1));
   }
   const int64_t tiles_of_segment = std::max<int64_t>(1, ceil_div(p.seqlen, segments * kTile));
@@ -722,11 +833,11 @@ template <class T, bool kReverse>
 void launch_segments(const SelectiveScanParams& p, const ScanPlan& plan, const SegmentSums& sums,
                      cudaStream_t stream) {
   ScanPlan own = plan;
-  own.tiles = static_cast<int>(ceil_div(plan.group_channels, kSegmentWarps * kRows));
+  own.tiles = static_cast<int>(ceil_div(plan.group_channels, kWarps * kRows));
   const int64_t blocks = p.batch * (plan.segments - 1) * plan.groups * own.tiles;
   const auto kernel = p.marks != nullptr ? scan_segments<T, true, kReverse>
                                          : scan_segments<T, false, kReverse>;
-  launch_shared(kernel, blocks, kSegmentThreads, segment_kernel_shared(own), stream, p, own, sums);
+  launch_shared(kernel, blocks, kThreads, segment_kernel_shared(own), stream, p, own, sums);
 }
 
 }  // namespace mamba_ssm::kernels

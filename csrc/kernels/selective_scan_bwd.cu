@@ -23,11 +23,8 @@
 namespace mamba_ssm::kernels {
 namespace {
 
-#ifndef BWD_WARPS
-#define BWD_WARPS 4
-#endif
-#ifndef BWD_DEPTH
-#define BWD_DEPTH 2
+#ifndef BWD_DEEP
+#define BWD_DEEP 0
 #endif
 #ifndef BWD_BLOCKS2
 #define BWD_BLOCKS2 3
@@ -44,8 +41,6 @@ namespace {
 #ifndef BWD_WANTED
 #define BWD_WANTED 32
 #endif
-constexpr int kWarps = BWD_WARPS;
-constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kGroup = BWD_GROUP;          // tokens whose states and decays fit the registers
 constexpr int kGroups = kTile / kGroup;    // of a tile
 constexpr int kValues = 2 * kStateBlock;   // of dB and dC per token
@@ -117,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
     backward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums segments,
                     const BackwardSums sums) {
   extern __shared__ float4 shared[];
-  constexpr int kPlaneSize = kDepth * kPlane;
+  constexpr int kPlaneSize = plane_size(kDepth);
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / kQuarters;
@@ -130,11 +125,11 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
   float4* const last_group_states = group_states + (kGroups - 2) * kDepth * kThreads;
   // dB and dC of a group, (kWarps, kGroup, kValues). The groups use two places in turn, so that one
   // barrier per group is enough; the second is where the states of the last group stood.
-  float* const values[2] = {
-      reinterpret_cast<float*>(group_states + (kGroups - 1) * kDepth * kThreads),
-      reinterpret_cast<float*>(last_group_states)};
+  float* const odd_values =
+      reinterpret_cast<float*>(group_states + (kGroups - 1) * kDepth * kThreads);
+  float* const even_values = reinterpret_cast<float*>(last_group_states);
   static_assert(kGroups % 2 == 0 && kWarps * kGroup * kValues <= 4 * kDepth * kThreads);
-  float* const steps = values[0] + kWarps * kGroup * kValues +
+  float* const steps = odd_values + kWarps * kGroup * kValues +
                        warp * planes_per_warp(plan.state_blocks) * kPlaneSize;  // dt
   float* const inputs = steps + kPlaneSize;                                     // dt u
   float* const dys = inputs + kPlaneSize;                                       // dy
@@ -159,9 +154,7 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const StateSlot slot(0, n, p.dstate, exists(d));
-      load_decay_rates(p.A, c0 + d * kRows, n, slot.count,
-                       reinterpret_cast<float*>(group_states + threadIdx.x));
-      unpack(group_states[threadIdx.x], rate[d]);
+      load_decay_rates(p.A, c0 + d * kRows, n, slot.count, rate[d]);
     }
   };
 #pragma unroll 1
@@ -171,14 +164,11 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const StateSlot slot(sum_row + d * kRows, n, p.dstate, exists(d));
-      load_states(p.dlast_state, place.b, c0 + d * kRows, n, slot.count,
-                  reinterpret_cast<float*>(group_states + threadIdx.x));
-      unpack(group_states[threadIdx.x], carry[d]);
+      load_states(p.dlast_state, place.b, c0 + d * kRows, n, slot.count, carry[d]);
       if (slot.count > 0) {
-        for (int later = plan.segments - 1; later > place.segment; --later) {
-          pass_segment(segments, place.segment_row - place.segment + later, p.dim, p.dstate,
-                       c0 + d * kRows, n, rate[d], carry[d]);
-        }
+        const int later = plan.segments - 1 - place.segment;
+        pass_segments(segments, place.segment_row + later, -1, later, p.dim, p.dstate,
+                      c0 + d * kRows, n, rate[d], carry[d]);
       }
 #pragma unroll
       for (int i = 0; i < kStates; ++i) dA[d][i] = 0;
@@ -200,28 +190,46 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
   for (int begin = place.begin + (tiles - 1) * kTile; begin >= place.begin; begin -= kTile) {
     const TileMarks marks = tile_marks<kPacked>(p, place.b, begin, place.end);
     const int t = begin + part * kTokens;
+    Tokens<T> delta[kDepth], u[kDepth], dout[kDepth], z[kDepth];
+    const auto load_inputs = [&] {  // all in flight together
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+        const int c = c0 + d * kRows;
+        delta[d] = load_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, t, end(d));
+        u[d] = load_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, t, end(d));
+        dout[d] = load_tokens<T>(p.dout, plan.vectors & kVectorDout, place.b, c, t, end(d));
+        if (given(p.z)) {
+          z[d] = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end(d));
+        }
+      }
+    };
+    load_inputs();
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int c = c0 + d * kRows;
-      const Tokens<T> delta =
-          load_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, t, end(d));
-      const Tokens<T> u = load_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, t, end(d));
-      const Tokens<T> dout =
-          load_tokens<T>(p.dout, plan.vectors & kVectorDout, place.b, c, t, end(d));
-      float dt[kTokens], x[kTokens];
-      time_steps(delta, bias[d], p.delta_softplus, dt);
+      const auto prefetch = [&](const View<3>& v, unsigned bit) {
+        prefetch_tokens<T>(v, plan.vectors & bit, place.b, c, t - kTile, place.begin, end(d));
+      };
+      prefetch(p.delta, kVectorDelta);
+      prefetch(p.u, kVectorU);
+      prefetch(p.dout, kVectorDout);
+      prefetch(p.z, kVectorZ);
+    }
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = dt[j] * u[j];
+    for (int d = 0; d < kDepth; ++d) {
+      float dt[kTokens], x[kTokens];
+      time_steps(delta[d], bias[d], p.delta_softplus, dt);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) x[j] = dt[j] * u[d][j];
       clear_tokens(marks.padding, part, dt);
       clear_tokens(marks.padding, part, x);
       write_plane(steps, row + d * kRows, part, dt);
       write_plane(inputs, row + d * kRows, part, x);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = dout[j];
+      for (int j = 0; j < kTokens; ++j) x[j] = dout[d][j];
       if (given(p.z)) {
-        const Tokens<T> z = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end(d));
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) x[j] *= silu(z[j]);
+        for (int j = 0; j < kTokens; ++j) x[j] *= silu(z[d][j]);
       }
       clear_tokens(marks.padding, part, x);
       write_plane(dys, row + d * kRows, part, x);
@@ -229,10 +237,10 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
 
     for (int block = 0; block < plan.state_blocks; ++block) {
       const int n = block * kStateBlock + part * kStates;
-      MatrixStage<T, 2, kThreads> stage;
-      stage.load(p.B, p.C, p, place.b, place.group, begin, block, marks.padding);
+      MatrixStage<T, 2> stage;
+      stage.load(p.B, plan.vectors & kVectorB, p.C, plan.vectors & kVectorC, place.b, place.group,
+                 p.dstate, begin, place.end, block);
       if (!one_block) {
-        __syncthreads();  // the buffers of dB and dC are read, group_states may be written
         load_rates(block);
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
@@ -257,21 +265,17 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
       float first_states[kDepth][kStates];
       load_first_states(first_states);
       __syncthreads();  // all are done with the matrices and sums of the tile before
+      stage.store(marks.padding, [&](int token, int n, float x) {
 #pragma unroll
-      for (int i = 0; i < stage.kItems; ++i) {
-        const float4 v = stage.value(i);
-        const int quad = stage.quad(i);
-        float4* const copies = matrix + stage.token() * kMatrixPitch +
-                               quad / kQuarters * (kOrders * kQuarters) + quad % kQuarters;
-        copies[0 * kQuarters] = v;
-        copies[1 * kQuarters] = make_float4(v.y, v.x, v.w, v.z);
-        copies[2 * kQuarters] = make_float4(v.z, v.w, v.x, v.y);
-        copies[3 * kQuarters] = make_float4(v.w, v.z, v.y, v.x);
-      }
+        for (int copy = 0; copy < kOrders; ++copy) {
+          reinterpret_cast<float*>(matrix)[token * (4 * kMatrixPitch) + copy * kValues +
+                                           (n ^ copy)] = x;
+        }
+      });
       __syncthreads();
 
-      const float4* const B_row = matrix + order * kQuarters + part;
-      const float4* const C_row = B_row + kOrders * kQuarters;
+      const float4* const B_row = matrix + order * (2 * kQuarters) + part;
+      const float4* const C_row = B_row + kQuarters;
 
 #pragma unroll 1
       for (int group = 0; group < kGroups - 1; ++group) {
@@ -299,13 +303,13 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
           group_states[(group * kDepth + d) * kThreads + threadIdx.x] =
-              make_float4(h[d][0], h[d][1], h[d][2], h[d][3]);
+              pack(h[d]);
         }
       }
 
 #pragma unroll 1
       for (int group = kGroups - 1; group >= 0; --group) {
-        float a[kGroup][kDepth][kStates];      // decays; 0 at a reset
+        float a[kGroup][kDepth][kStates];      // decays
         float h[kGroup + 1][kDepth][kStates];  // states before each token, and behind the last
         if (group == 0) {
           load_first_states(h[0]);
@@ -332,12 +336,12 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
 #pragma unroll
             for (int i = 0; i < kStates; ++i) {
               a[k][d][i] = fast_exp2(step[d][k] * rate[d][i]);
-              if (reset) a[k][d][i] = 0;
               h[k + 1][d][i] = fmaf(a[k][d][i], reset ? 0.0f : h[k][d][i], input[d][k] * B[i]);
             }
           }
         }
-        float* const own_values = values[group % 2 == 0] + warp * kGroup * kValues +
+        float* const values = group % 2 == 1 ? odd_values : even_values;
+        float* const own_values = values + warp * kGroup * kValues +
                                   row / kOrders * kStateBlock + part * kStates + order;
         float y[kDepth][4], dinput[kDepth][4], dstep[kDepth][4];  // the lane's share
 #pragma unroll
@@ -356,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
               dC[i] = d == 0 ? dy[d][k] * h[k + 1][d][i] : fmaf(dy[d][k], h[k + 1][d][i], dC[i]);
               dB[i] = d == 0 ? g * input[d][k] : fmaf(g, input[d][k], dB[i]);
               dinput[d][k] = fmaf(g, B[i], dinput[d][k]);
-              carry[d][i] = g * a[k][d][i];
+              carry[d][i] = reset ? 0.0f : g * a[k][d][i];
               const float q = reset ? 0.0f : carry[d][i] * h[k][d][i];
               dA[d][i] = fmaf(step[d][k], q, dA[d][i]);
               dstep[d][k] = fmaf(rate[d][i], q, dstep[d][k]);
@@ -389,9 +393,7 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
         static_assert(kThreads == kGroup * kValues);
         float sum = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          sum += values[group % 2 == 0][(w * kGroup + k) * kValues + value];
-        }
+        for (int w = 0; w < kWarps; ++w) sum += values[(w * kGroup + k) * kValues + value];
         const int t_out = begin + group * kGroup + k;
         if (t_out < place.end && n_out < p.dstate) {
           const int64_t tile =
@@ -412,26 +414,21 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
     }
     __syncwarp();
 
+    load_inputs();  // again: they are in a cache, and the registers were needed
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int c = c0 + d * kRows;
-      const Tokens<T> delta =
-          load_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, t, end(d));
-      const Tokens<T> u = load_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, t, end(d));
-      const Tokens<T> dout =
-          load_tokens<T>(p.dout, plan.vectors & kVectorDout, place.b, c, t, end(d));
       float dy[kTokens], x[kTokens];
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) dy[j] = dout[j];
+      for (int j = 0; j < kTokens; ++j) dy[j] = dout[d][j];
       if (given(p.z)) {
-        const Tokens<T> z = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end(d));
         float y[kTokens];
         read_plane(totals, row + d * kRows, part, y);
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          const float s = sigmoid(z[j]);
-          x[j] = dy[j] * fmaf(D[d], u[j], y[j]) * (s * fmaf(z[j], 1 - s, 1.0f));
-          dy[j] *= z[j] * s;
+          const float s = sigmoid(z[d][j]);
+          x[j] = dy[j] * fmaf(D[d], u[d][j], y[j]) * (s * fmaf(z[d][j], 1 - s, 1.0f));
+          dy[j] *= z[d][j] * s;
         }
         clear_tokens(marks.padding, part, x);
         if (given(p.dz)) {
@@ -440,7 +437,7 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
       }
       float dt[kTokens], dinput[kTokens];
       read_plane(totals + kPlaneSize, row + d * kRows, part, dinput);
-      time_steps(delta, bias[d], p.delta_softplus, dt);
+      time_steps(delta[d], bias[d], p.delta_softplus, dt);
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) x[j] = fmaf(dt[j], dinput[j], D[d] * dy[j]);
       clear_tokens(marks.padding, part, x);
@@ -448,14 +445,14 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
         store_tokens<T>(p.du, plan.vectors & kVectorDu, place.b, c, t, end(d), x);
       }
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) dy[j] *= u[j];
+      for (int j = 0; j < kTokens; ++j) dy[j] *= u[d][j];
       clear_tokens(marks.padding, part, dy);
       read_plane(totals + 2 * kPlaneSize, row + d * kRows, part, x);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = fmaf(u[j], dinput[j], kLn2 * x[j]);
+      for (int j = 0; j < kTokens; ++j) x[j] = fmaf(u[d][j], dinput[j], kLn2 * x[j]);
       if (p.delta_softplus) {
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) x[j] *= softplus_gradient(delta[j] + bias[d]);
+        for (int j = 0; j < kTokens; ++j) x[j] *= softplus_gradient(delta[d][j] + bias[d]);
       }
       clear_tokens(marks.padding, part, x);
       if (given(p.ddelta)) {
@@ -484,7 +481,6 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
     reorder(order, carry[d]);
     reorder(order, dA[d]);
   }
-  __syncthreads();
 #pragma unroll 1
   for (int block = 0; block < plan.state_blocks; ++block) {
     const int n = block * kStateBlock + part * kStates;
@@ -497,7 +493,7 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
         slot.load(sums.carry, carry[d]);
       }
       if (place.segment == 0 && given(p.dinitial_state)) {
-        group_states[threadIdx.x] = make_float4(carry[d][0], carry[d][1], carry[d][2], carry[d][3]);
+        group_states[threadIdx.x] = pack(carry[d]);
         store_states(p.dinitial_state, place.b, c0 + d * kRows, n, slot.count,
                      reinterpret_cast<const float*>(group_states + threadIdx.x));
       }
@@ -855,11 +851,13 @@ struct SharedBackward {
   size_t workspace_size;
 
   SharedBackward(const SelectiveScanParams& p, void* base) {
-    plan = plan_scan(p, kWarps, kDepth, BWD_ENOUGH, BWD_WANTED, 128);
+    plan = plan_scan(p, kDepth, BWD_ENOUGH, BWD_WANTED);
     plan.vectors = vector_bit<T>(p.u, kVectorU) | vector_bit<T>(p.delta, kVectorDelta) |
                    vector_bit<T>(p.z, kVectorZ) | vector_bit<T>(p.dout, kVectorDout) |
                    vector_bit<T>(p.du, kVectorDu) | vector_bit<T>(p.ddelta, kVectorDdelta) |
-                   vector_bit<T>(p.dz, kVectorDz);
+                   vector_bit<T>(p.dz, kVectorDz) | vector_bit<T>(p.B, kVectorB) |
+                   vector_bit<T>(p.C, kVectorC);
+    if (!given(p.z)) plan.vectors &= ~kVectorZ;
     Workspace workspace(base);
     segments = take_segment_sums(workspace, p, plan);
     const int64_t tokens = p.batch * plan.groups * plan.tiles * p.seqlen;
@@ -876,7 +874,7 @@ struct SharedBackward {
   size_t shared_size() const {
     return sizeof(float4) * (kTile * kMatrixPitch + (kGroups - 1) * kDepth * kThreads) +
            sizeof(float) * kWarps *
-               (kGroup * kValues + planes_per_warp(plan.state_blocks) * kDepth * kPlane);
+               (kGroup * kValues + planes_per_warp(plan.state_blocks) * plane_size(kDepth));
   }
 
   void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
@@ -961,7 +959,12 @@ struct GenericBackward {
 template <class T, class F>
 auto with_backward(const SelectiveScanParams& p, void* workspace, F f) {
   if constexpr (sizeof(T) <= 4) {
-    if (takes_shared_path<T>(p)) return f(SharedBackward<T, BWD_DEPTH>(p, workspace));
+    if (takes_shared_path<T>(p)) {
+      if (row_warps(p, 2) >= int64_t{BWD_DEEP} * multiprocessor_count()) {
+        return f(SharedBackward<T, 2>(p, workspace));
+      }
+      return f(SharedBackward<T, 1>(p, workspace));
+    }
   }
   if (p.complex_A) return f(GenericBackward<T, true>(p, workspace));
   return f(GenericBackward<T, false>(p, workspace));

@@ -706,7 +706,8 @@ struct Unit {
     if (p.constant_C) load_group(constant_matrix(p.C, c, n0), v, n0, group_C);
   }
 
-  /// d, u and D u of a tile; slope = dd/ddelta unless null. Returns whether |d| < bound.
+  /// d, u and D u of a tile; slope = dd/ddelta unless null. Returns whether |d| < bound wherever it
+  /// is used: what stands at padding must not choose the path that the other tokens take.
   bool load_inputs(int v, int64_t t0, S* d, S* u, S* Du, S* slope) const {
     load(p.delta, v, t0, d);
     load(p.u, v, t0, u);
@@ -727,7 +728,11 @@ struct Unit {
     } else {
       const Real bound_v = load_lanes<Real>(bound + v * kW);
       VecI below = VecI{} - 1;
-      for (int i = 0; i < end; i += kW) below &= negative_abs(step(i)) > -bound_v;
+      const uint8_t* const mark = marks(t0);
+      for (int i = 0; i < end; i += kW) {
+        const VecI padding = VecI{} - (mark[i / kW] == kPadding);
+        below &= (negative_abs(step(i)) > -bound_v) | padding;
+      }
       int32_t all = -1;
       for (int lane = 0; lane < kW; ++lane) all &= below[lane];
       return all != 0;
@@ -828,8 +833,9 @@ template <class S, class E>
 struct PartialSums {
   S* workspace;
   SelectiveScanWorkspace at;
-  E *dB, *dC;  // (dstate, seqlen) of the block; null if constant or not wanted
-  bool first;  // the first unit of the block, which starts dB and dC
+  E* dB = nullptr;  // (dstate, seqlen) of the block; null if constant or not wanted
+  E* dC = nullptr;
+  bool first = true;  // the first unit of the block, which starts dB and dC
 };
 
 /// row[t] = sum over the lanes of sums[t * pitch], added to row[t] unless it is the first.
@@ -1170,7 +1176,9 @@ void selective_scan_bwd_cpu(const SelectiveScanParams& p, void* workspace, int64
     using S = Element<Real>;
     using E = Element<State>;
     for (int64_t item = begin; item < end; ++item) {
-      PartialSums<S, E> sums{static_cast<S*>(workspace), selective_scan_bwd_layout(p)};
+      PartialSums<S, E> sums;
+      sums.workspace = static_cast<S*>(workspace);
+      sums.at = selective_scan_bwd_layout(p);
       const int64_t rows = item * p.dstate * p.seqlen * kParts<E>;
       if (p.dB && !p.constant_B) {
         sums.dB = reinterpret_cast<E*>(sums.workspace + sums.at.dB + rows);

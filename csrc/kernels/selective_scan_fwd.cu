@@ -10,11 +10,11 @@
 namespace mamba_ssm::kernels {
 namespace {
 
-#ifndef FWD_WARPS
-#define FWD_WARPS 4
+#ifndef FWD_DEEP
+#define FWD_DEEP 12
 #endif
-#ifndef FWD_DEPTH
-#define FWD_DEPTH 2
+#ifndef FWD_BLOCKS1
+#define FWD_BLOCKS1 4
 #endif
 #ifndef FWD_BLOCKS
 #define FWD_BLOCKS 4
@@ -25,8 +25,6 @@ namespace {
 #ifndef FWD_WANTED
 #define FWD_WANTED 16
 #endif
-constexpr int kWarps = FWD_WARPS;
-constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kMatrixPitch = 2 * kQuarters + 1;  // float4 per token of B and C: no bank conflicts
 
 /// Planes of a warp: dt, dt u and the four shares of y. With one state block, dt and dt u are dead
@@ -36,10 +34,10 @@ __host__ __device__ constexpr int planes_per_warp(int state_blocks) {
 }
 
 template <class T, bool kPacked, int kDepth>
-__global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
+__global__ void __launch_bounds__(kThreads, kDepth == 1 ? FWD_BLOCKS1 : FWD_BLOCKS)
     forward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums sums) {
   extern __shared__ float4 shared[];
-  constexpr int kPlaneSize = kDepth * kPlane;
+  constexpr int kPlaneSize = plane_size(kDepth);
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / kQuarters;
@@ -67,24 +65,21 @@ __global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
     return (block * kDepth + d) * kThreads + threadIdx.x;
   };
 
-#pragma unroll 1
-  for (int i = 0; i < plan.state_blocks * kDepth; ++i) {
-    const int n = i / kDepth * kStateBlock + part * kStates;
-    const int c = c0 + i % kDepth * kRows;
-    const StateSlot slot(0, n, p.dstate, c < place.channel_end);
-    const int index = slot_index(i / kDepth, i % kDepth);
-    load_decay_rates(p.A, c, n, slot.count, reinterpret_cast<float*>(rates + index));
-    load_states(p.initial_state, place.b, c, n, slot.count,
-                reinterpret_cast<float*>(states + index));
-    if (place.segment > 0 && slot.count > 0) {
+  for (int block = 0; block < plan.state_blocks; ++block) {
+    const int n = block * kStateBlock + part * kStates;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      const int c = c0 + d * kRows;
+      const int count = StateSlot(0, n, p.dstate, exists(d)).count;
       float rate[kStates], h[kStates];
-      unpack(rates[index], rate);
-      unpack(states[index], h);
-      for (int segment = 0; segment < place.segment; ++segment) {
-        pass_segment(sums, place.segment_row - place.segment + segment, p.dim, p.dstate, c, n,
-                     rate, h);
+      load_decay_rates(p.A, c, n, count, rate);
+      load_states(p.initial_state, place.b, c, n, count, h);
+      if (count > 0) {
+        pass_segments(sums, place.segment_row - place.segment, 1, place.segment, p.dim, p.dstate, c,
+                      n, rate, h);
       }
-      states[index] = make_float4(h[0], h[1], h[2], h[3]);
+      rates[slot_index(block, d)] = pack(rate);
+      states[slot_index(block, d)] = pack(h);
     }
   }
 
@@ -99,17 +94,23 @@ __global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
       if (given(p.z)) {
         z[d] = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end(d));
       }
+      const int next = t + kTile;
+      prefetch_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, next, 0, end(d));
+      prefetch_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, next, 0, end(d));
+      prefetch_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, next, 0, end(d));
     }
   };
-  MatrixStage<T, 2, kThreads> stage;
-  TileMarks next_marks = tile_marks<kPacked>(p, place.b, place.begin, place.end);
-  stage.load(p.B, p.C, p, place.b, place.group, place.begin, 0, next_marks.padding);
+  MatrixStage<T, 2> stage;
+  const auto load_matrices = [&](int begin, int block) {
+    stage.load(p.B, plan.vectors & kVectorB, p.C, plan.vectors & kVectorC, place.b, place.group,
+               p.dstate, begin, place.end, block);
+  };
+  load_matrices(place.begin, 0);
   load_inputs(place.begin);
 
   int buffer = 0;
   for (int begin = place.begin; begin < place.end; begin += kTile) {
-    const TileMarks marks = next_marks;
-    next_marks = tile_marks<kPacked>(p, place.b, begin + kTile, place.end);
+    const TileMarks marks = tile_marks<kPacked>(p, place.b, begin, place.end);
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       float dt[kTokens], x[kTokens];
@@ -125,14 +126,12 @@ __global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
     for (int block = 0; block < plan.state_blocks; ++block) {
       float4* const matrix = matrices + buffer * kTile * kMatrixPitch;
       buffer ^= 1;
-#pragma unroll
-      for (int i = 0; i < stage.kItems; ++i) {
-        matrix[stage.token() * kMatrixPitch + stage.quad(i)] = stage.value(i);
-      }
+      stage.store(marks.padding, [&](int token, int n, float x) {
+        reinterpret_cast<float*>(matrix)[token * (4 * kMatrixPitch) + n] = x;
+      });
       __syncthreads();  // a buffer is written again two barriers after its last reader passed one
       const bool last = block + 1 == plan.state_blocks;
-      stage.load(p.B, p.C, p, place.b, place.group, last ? begin + kTile : begin,
-                 last ? 0 : block + 1, last ? next_marks.padding : marks.padding);
+      load_matrices(last ? begin + kTile : begin, last ? 0 : block + 1);
 
       float rate[kDepth][kStates], h[kDepth][kStates];
 #pragma unroll
@@ -150,46 +149,78 @@ __global__ void __launch_bounds__(kThreads, FWD_BLOCKS)
           slot.store(static_cast<float*>(p.states), h[d]);
         }
       }
-#pragma unroll 1
-      for (int four = 0; four < kTile / 4; ++four) {
-        float step[kDepth][4], input[kDepth][4], y[kDepth][4];
+
+      // Decays and inputs of the next kAhead tokens are computed beside the recurrence over those
+      // at hand, whose chain of dependent instructions would leave the units idle.
+      constexpr int kAhead = 4 / kDepth;
+      struct Stage {
+        float a[kAhead][kDepth][kStates];  // decays
+        float b[kAhead][kDepth][kStates];  // dt u B
+      };
+      const auto prepare = [&](int t, Stage& next) {
+        float step[kDepth][kAhead], input[kDepth][kAhead];
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          unpack(plane_row(steps, row + d * kRows)[four], step[d]);
-          unpack(plane_row(inputs, row + d * kRows)[four], input[d]);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) y[d][k] = 0;
-          if (block > 0) {
-            unpack(plane_row(shares + part * kPlaneSize, row + d * kRows)[four], y[d]);
-          }
+          read_tokens(steps, row + d * kRows, t, step[d]);
+          read_tokens(inputs, row + d * kRows, t, input[d]);
         }
-        __syncwarp();  // before any lane of the row writes over dt and dt u of these tokens
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int t = 4 * four + k;
-          float B[kStates], C[kStates];
-          unpack(matrix[t * kMatrixPitch + part], B);
-          unpack(matrix[t * kMatrixPitch + kQuarters + part], C);
-          const bool reset = kPacked && (marks.resets >> t & 1);
+        for (int k = 0; k < kAhead; ++k) {
+          float B[kStates];
+          unpack(matrix[(t + k) * kMatrixPitch + part], B);
 #pragma unroll
           for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
             for (int s = 0; s < kStates; ++s) {
-              const float a = fast_exp2(step[d][k] * rate[d][s]);
-              h[d][s] = fmaf(a, reset ? 0.0f : h[d][s], input[d][k] * B[s]);
+              next.a[k][d][s] = fast_exp2(step[d][k] * rate[d][s]);
+              next.b[k][d][s] = input[d][k] * B[s];
+            }
+          }
+        }
+      };
+      const auto consume = [&](int t, const Stage& stage, float(&y)[kDepth][kAhead]) {
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+          for (int k = 0; k < kAhead; ++k) y[d][k] = 0;
+          if (block > 0) read_tokens(shares + part * kPlaneSize, row + d * kRows, t, y[d]);
+        }
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          float C[kStates];
+          unpack(matrix[(t + k) * kMatrixPitch + kQuarters + part], C);
+          const bool reset = kPacked && (marks.resets >> (t + k) & 1);
+#pragma unroll
+          for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+            for (int s = 0; s < kStates; ++s) {
+              h[d][s] = fmaf(stage.a[k][d][s], reset ? 0.0f : h[d][s], stage.b[k][d][s]);
               y[d][k] = fmaf(C[s], h[d][s], y[d][k]);
             }
           }
         }
+      };
+      Stage even, odd;
+      const auto walk = [&](int t, auto is_last) {
+        float y[2][kDepth][kAhead];
+        prepare(t + kAhead, odd);
+        consume(t, even, y[0]);
+        if constexpr (!decltype(is_last)::value) prepare(t + 2 * kAhead, even);
+        consume(t + kAhead, odd, y[1]);
+        __syncwarp();  // all lanes of the row have read dt and dt u of these tokens
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          plane_row(shares + part * kPlaneSize, row + d * kRows)[four] =
-              make_float4(y[d][0], y[d][1], y[d][2], y[d][3]);
+          write_tokens(shares + part * kPlaneSize, row + d * kRows, t, y[0][d]);
+          write_tokens(shares + part * kPlaneSize, row + d * kRows, t + kAhead, y[1][d]);
         }
-      }
+      };
+      prepare(0, even);
+#pragma unroll 1
+      for (int t = 0; t < kTile - 2 * kAhead; t += 2 * kAhead) walk(t, std::false_type{});
+      walk(kTile - 2 * kAhead, std::true_type{});
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        states[slot_index(block, d)] = make_float4(h[d][0], h[d][1], h[d][2], h[d][3]);
+        states[slot_index(block, d)] = pack(h[d]);
       }
     }
     __syncwarp();
@@ -347,9 +378,11 @@ struct SharedForward {
   size_t workspace_size;
 
   SharedForward(const SelectiveScanParams& p, void* base) {
-    plan = plan_scan(p, kWarps, kDepth, FWD_ENOUGH, FWD_WANTED, 128);
+    plan = plan_scan(p, kDepth, FWD_ENOUGH, FWD_WANTED);
     plan.vectors = vector_bit<T>(p.u, kVectorU) | vector_bit<T>(p.delta, kVectorDelta) |
-                   vector_bit<T>(p.z, kVectorZ) | vector_bit<T>(p.out, kVectorOut);
+                   vector_bit<T>(p.z, kVectorZ) | vector_bit<T>(p.out, kVectorOut) |
+                   vector_bit<T>(p.B, kVectorB) | vector_bit<T>(p.C, kVectorC);
+    if (!given(p.z)) plan.vectors &= ~kVectorZ;
     Workspace workspace(base);
     sums = take_segment_sums(workspace, p, plan);
     workspace_size = workspace.size();
@@ -357,7 +390,7 @@ struct SharedForward {
 
   size_t shared_size() const {
     return sizeof(float4) * (2 * kTile * kMatrixPitch + 2 * plan.state_blocks * kDepth * kThreads) +
-           sizeof(float) * kWarps * planes_per_warp(plan.state_blocks) * kDepth * kPlane;
+           sizeof(float) * kWarps * planes_per_warp(plan.state_blocks) * plane_size(kDepth);
   }
 
   void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
@@ -368,12 +401,24 @@ struct SharedForward {
   }
 };
 
+/// Calls f with the plan of a call that the shared path takes.
+template <class T, class F>
+auto with_shared_forward(const SelectiveScanParams& p, void* workspace, F f) {
+  if (row_warps(p, 2) >= int64_t{FWD_DEEP} * multiprocessor_count()) {
+    return f(SharedForward<T, 2>(p, workspace));
+  }
+  return f(SharedForward<T, 1>(p, workspace));
+}
+
 }  // namespace
 
 template <class T>
 size_t workspace_selective_scan_fwd(const SelectiveScanParams& p) {
   if constexpr (sizeof(T) <= 4) {
-    if (takes_shared_path<T>(p)) return SharedForward<T, FWD_DEPTH>(p, nullptr).workspace_size;
+    if (takes_shared_path<T>(p)) {
+      return with_shared_forward<T>(
+          p, nullptr, [](const auto& forward) { return forward.workspace_size; });
+    }
   }
   return 0;
 }
@@ -385,7 +430,8 @@ CudaStatus launch_selective_scan_fwd(const SelectiveScanParams& p, void* workspa
   if (p.batch == 0 || p.dim == 0) return cudaSuccess;
   if constexpr (sizeof(T) <= 4) {
     if (takes_shared_path<T>(p)) {
-      SharedForward<T, FWD_DEPTH>(p, workspace).launch(p, stream);
+      with_shared_forward<T>(p, workspace,
+                             [&](const auto& forward) { forward.launch(p, stream); });
       return cudaGetLastError();
     }
   }

@@ -193,7 +193,7 @@ inline VecF sigmoid(VecF x) { return 1.0f / (1.0f + exp(-x)); }
 
 /// 2^x for x in [-126, 127] and nothing else, in the fewest operations; relative error as exp2.
 /// With n + j / kLanes the multiple of 1 / kLanes nearest to x, and f the rest,
-/// 2^x = 2^n 2^(j / kLanes) 2^f: one permute looks the middle factor up, and f needs three terms or four.
+/// 2^x = 2^n 2^(j / kLanes) 2^f: one permute looks the middle factor up, and 2^f needs few terms.
 inline VecF exp2_bounded(VecF x) {
 #if MAMBA_SSM_VECTOR_BYTES == 16
   const VecF rounded = x + kRounder;

@@ -2,7 +2,6 @@
 #include <c10/util/Exception.h>
 #include <mamba_ssm/nn/mamba.h>
 #include <mamba_ssm/ops.h>
-#include <torch/nn/init.h>
 
 #include <cmath>
 #include <limits>

@@ -1,9 +1,9 @@
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <mamba_ssm/io/safetensors.h>
 #include <mamba_ssm/nn/model.h>
 #include <torch/nn/init.h>
 
-#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <limits>

@@ -96,6 +96,7 @@ Tensor causal_conv1d_update(Tensor x, Tensor conv_state, Tensor weight, Optional
   const StableChecks checks("causal_conv1d_update", "x", x);
   const auto sizes = check_causal_conv1d_update(checks, x, conv_state, weight, bias, cache_seqlens,
                                                 conv_state_indices);
+  check_writable(checks, "conv_state", conv_state);
   check_index_below(checks, "conv_state_indices", conv_state_indices, sizes.num_slots);
   Tensor out = allocate_like(checks.op(), x);
   CausalConv1dUpdateParams p{};
@@ -136,10 +137,12 @@ void check_offsets(const StableChecks& checks, const Tensor& cu_seqlens, int64_t
   int64_t previous = 0;
   for (int64_t i = 0; i < cu_seqlens.size(0); ++i) {
     const int64_t value = index_at(cu_seqlens, i);
-    const std::string got =
-        ", got cu_seqlens[" + std::to_string(i) + "] = " + std::to_string(value);
-    if (i == 0 && value != 0) checks.fail("cu_seqlens must start at 0" + got);
-    if (value < previous) checks.fail("cu_seqlens must not decrease" + got);
+    const std::string got = "cu_seqlens[" + std::to_string(i) + "] = " + std::to_string(value);
+    if (i == 0 && value != 0) checks.fail("cu_seqlens must start at 0, got " + got);
+    if (value < previous) {
+      checks.fail("cu_seqlens must not decrease, got " + got + " after " +
+                  std::to_string(previous));
+    }
     previous = value;
   }
   if (previous != total) {

@@ -22,7 +22,7 @@ CausalConv1dSizes<typename Access::Size> check_causal_conv1d(
   checks.rank("weight", weight, {2}, "(dim, width)");
   const auto width = Access::size(weight, 1);
   checks.shape("weight", weight, {{"dim", dim}, {"width", width}});
-  checks.at_least("weight", "width", width, 1);
+  checks.at_least("weight", weight, "width", 1, 1);
   checks.parameter("weight", weight, x.scalar_type());
   if (bias) {
     checks.shape("bias", *bias, {{"dim", dim}});
@@ -73,7 +73,7 @@ CausalConv1dUpdateSizes<typename Access::Size> check_causal_conv1d_update(
   checks.rank("weight", weight, {2}, "(dim, width)");
   const auto width = Access::size(weight, 1);
   checks.shape("weight", weight, {{"dim", dim}, {"width", width}});
-  checks.at_least("weight", "width", width, 1);
+  checks.at_least("weight", weight, "width", 1, 1);
   checks.parameter("weight", weight, x.scalar_type());
   if (bias) {
     checks.shape("bias", *bias, {{"dim", dim}});
@@ -87,11 +87,11 @@ CausalConv1dUpdateSizes<typename Access::Size> check_causal_conv1d_update(
                 {"dim", dim},
                 {"state_len", state_len}});
   checks.dtype("conv_state", conv_state, {x.scalar_type()});
-  checks.at_least("conv_state", "state_len", state_len, width - 1);
+  checks.at_least("conv_state", conv_state, "state_len", 2, width - 1);
   if (cache_seqlens) {
     checks.shape("cache_seqlens", *cache_seqlens, {{"batch", batch}});
     checks.index("cache_seqlens", *cache_seqlens);
-    checks.at_least("conv_state", "state_len", state_len, 1);
+    checks.at_least("conv_state", conv_state, "state_len", 2, 1);
   }
   if (conv_state_indices) {
     checks.shape("conv_state_indices", *conv_state_indices, {{"batch", batch}});
@@ -102,14 +102,15 @@ CausalConv1dUpdateSizes<typename Access::Size> check_causal_conv1d_update(
 
 template <class Access, class Tensor = typename Access::Tensor>
 void check_causal_conv1d_varlen_states(const Checks<Access>& checks, const Tensor& x,
-                                       const Tensor& cu_seqlens,
-                                       const typename Access::Size& state_len) {
+                                       const Tensor& cu_seqlens, int64_t state_len) {
   checks.rank("x", x, {2}, "(total_tokens, dim)");
   checks.activation("x", x);
   checks.rank("cu_seqlens", cu_seqlens, {1}, "(num_sequences + 1)");
   checks.index("cu_seqlens", cu_seqlens);
-  checks.at_least("cu_seqlens", "num_sequences + 1", Access::size(cu_seqlens, 0), 1);
-  checks.at_least("states", "state_len", state_len, 0);
+  checks.at_least("cu_seqlens", cu_seqlens, "num_sequences + 1", 0, 1);
+  if (state_len < 0) {
+    checks.fail("state_len must not be negative, got " + std::to_string(state_len));
+  }
 }
 
 }  // namespace mamba_ssm::ops

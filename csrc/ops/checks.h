@@ -169,11 +169,12 @@ class Checks {
     dtype(name, tensor, {ScalarType::Int, ScalarType::Long});
   }
 
-  /// `size`, the dimension `dim` of `name`, is at least `least`.
-  void at_least(const char* name, const char* dim, const Size& size, const Size& least) const {
-    if (size < least) {
+  /// Dimension i of `tensor`, called `dim`, is at least `least`.
+  void at_least(const char* name, const Tensor& tensor, const char* dim, int64_t i,
+                const Size& least) const {
+    if (Access::size(tensor, i) < least) {
       std::ostringstream text;
-      text << name << " must have " << dim << " >= " << least << ", got " << size;
+      text << name << " must have " << dim << " >= " << least << ", got " << text_of(tensor);
       fail(text.str());
     }
   }

@@ -60,7 +60,7 @@ SelectiveScanSizes<typename Access::Size> check_selective_scan(
   checks.rank("A", A, {2}, "(dim, dstate)");
   const auto dstate = Access::size(A, 1);
   checks.shape("A", A, {{"dim", dim}, {"dstate", dstate}});
-  checks.at_least("A", "dstate", dstate, 1);
+  checks.at_least("A", A, "dstate", 1, 1);
   ScalarType state_type = accumulate_type(T);
   if (is_complex(A.scalar_type())) {
     state_type = complex_of(state_type);

@@ -36,6 +36,7 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
   const StableChecks checks("selective_state_update", "state", state);
   const auto sizes = check_selective_state_update(checks, state, x, dt, A, B, C, D, z, dt_bias,
                                                   state_batch_indices);
+  check_writable(checks, "state", state);
   check_index_below(checks, "state_batch_indices", state_batch_indices, sizes.num_slots);
   Tensor out = allocate_like(checks.op(), x);
   SelectiveStateUpdateParams p{};

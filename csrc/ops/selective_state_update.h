@@ -32,7 +32,7 @@ SelectiveStateUpdateSizes<typename Access::Size> check_selective_state_update(
     checks.parameter("state", state, T);
   }
   const Dim batch{"batch", Access::size(x, 0)};
-  const Dim nheads{"nheads", heads ? Access::size(state, 1) : Size(1)};
+  const Dim nheads{"nheads", heads ? Access::size(x, 1) : Size(1)};
   const Dim headdim{heads ? "headdim" : "dim", Access::size(state, heads ? 2 : 1)};
   const Dim dstate{"dstate", Access::size(state, heads ? 3 : 2)};
   const Dim slots = state_batch_indices ? Dim{"num_slots", Access::size(state, 0)} : batch;
@@ -55,6 +55,7 @@ SelectiveStateUpdateSizes<typename Access::Size> check_selective_state_update(
     checks.parameter(name, *tensor, T);
   };
 
+  per_row("x", x);
   if (heads) {
     checks.shape("state", state, {slots, nheads, headdim, dstate});
     checks.shape("A", A, {nheads, headdim, dstate});
@@ -63,12 +64,12 @@ SelectiveStateUpdateSizes<typename Access::Size> check_selective_state_update(
     checks.shape("A", A, {headdim, dstate});
   }
   checks.parameter("A", A, T);
-  per_row("x", x);
   per_row("dt", dt);
   checks.dtype("dt", dt, {T, accumulate_type(T)});
   const char* matrix_shape = heads ? "(batch, ngroups, dstate)" : "(batch, dstate)";
   checks.rank("B", B, {heads ? 3 : 2}, matrix_shape);
   const Dim ngroups{"ngroups", heads ? Access::size(B, 1) : Size(1)};
+  checks.divides("B", "ngroups", ngroups.size, "nheads", nheads.size);
   for (const auto& [name, matrix] : {std::pair<const char*, const Tensor&>{"B", B}, {"C", C}}) {
     if (heads) {
       checks.shape(name, matrix, {batch, ngroups, dstate});
@@ -77,7 +78,6 @@ SelectiveStateUpdateSizes<typename Access::Size> check_selective_state_update(
     }
     checks.dtype(name, matrix, {T});
   }
-  checks.divides("B", "ngroups", ngroups.size, "nheads", nheads.size);
   parameter("D", D);
   if (z) {
     per_row("z", *z);

@@ -84,6 +84,16 @@ std::string StableAccess::device(const Tensor& tensor) {
   return "another device";
 }
 
+void check_writable(const StableChecks& checks, const char* name, const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1 && tensor.stride(i) == 0) {
+      checks.fail(std::string(name) +
+                  " is updated in place and must not be expanded, got stride 0 " + "in dimension " +
+                  std::to_string(i) + " of " + StableChecks::text_of(tensor));
+    }
+  }
+}
+
 int64_t index_at(const Tensor& tensor, int64_t i) {
   const int64_t offset = i * tensor.stride(0);
   return tensor.scalar_type() == ScalarType::Int

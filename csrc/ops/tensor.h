@@ -68,6 +68,9 @@ class Workspace {
   OptionalTensor tensor_;
 };
 
+/// `tensor` is updated in place: no two of its elements may be one in memory.
+void check_writable(const StableChecks& checks, const char* name, const Tensor& tensor);
+
 /// Element i of an int32 or int64 tensor of rank 1 in CPU memory.
 int64_t index_at(const Tensor& tensor, int64_t i);
 

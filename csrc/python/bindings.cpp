@@ -1,4 +1,5 @@
-// mamba_ssm._C: the C++ modules as Python objects. Nothing in the package needs it.
+// mamba_ssm._C: the C++ modules as Python objects. The package imports it only to read and write
+// safetensors where the package of that name is not installed.
 #include <mamba_ssm/mamba_ssm.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>

@@ -254,11 +254,14 @@ def compare_languages(checkpoint, args):
         command = [program, checkpoint, "--prompt", args.prompt, "--bytes", str(SAMPLE_BYTES)]
         command += ["--seed", str(args.seed), "--temperature", str(TEMPERATURE)]
         result = subprocess.run(command + ["--greedy"] * greedy, stdout=subprocess.PIPE)
-        same = result.returncode == 0 and result.stdout == prompt + sample + b"\n"
-        print(f"C++, {name}: {'the same bytes' if same else 'DIFFERENT bytes'}")
-        if not same:
-            print(result.stdout.decode("utf-8", errors="replace"))
-        agree &= same
+        if result.returncode != 0:
+            verdict = f"FAILED with exit code {result.returncode}"
+        elif result.stdout == prompt + sample + b"\n":
+            verdict = "the same bytes"
+        else:
+            verdict = "DIFFERENT bytes:\n" + result.stdout.decode("utf-8", errors="replace")
+        print(f"C++, {name}: {verdict}")
+        agree &= verdict == "the same bytes"
     if program is None:
         print("C++: skipped, mamba_generate was not found; give it as --cpp-example")
     return agree

@@ -338,9 +338,9 @@ class Scan(Case):
         normal = draw.sparse if exact else draw.normal
         batch, dim, seqlen, dstate = self.batch, self.dim, self.seqlen, self.dstate
         values = {"u": normal(batch, dim, seqlen), "delta_softplus": self.delta_softplus}
-        if exact:  # softplus leaves 32 as it is and makes -256 a float32 zero
+        if exact:  # softplus leaves 32 as it is and makes of -256 a zero of float32
             values["delta"] = draw.choice(
-                [32, 32, -256] if self.delta_softplus else [0, 1, 1], batch, dim, seqlen
+                [32, 32, -256] if self.delta_softplus else [1, 1, 2], batch, dim, seqlen
             )
             values["A"] = draw.choice([0, 0, -1024], dim, dstate)  # decays 1 and 0
         else:
@@ -374,7 +374,7 @@ class Scan(Case):
             )
         if self.delta_bias:
             if exact:
-                values["delta_bias"] = draw.choice([0, 32] if self.delta_softplus else [0, 1], dim)
+                values["delta_bias"] = draw.choice([0, 32] if self.delta_softplus else [0, 2], dim)
             else:
                 values["delta_bias"] = draw.uniform(-0.1, 0.1, dim)
         if self.initial_state:

@@ -108,7 +108,7 @@ class Arena:
                 where = (bits(buffer) != bits(expected)).nonzero()[:, 0].tolist()
                 raise AssertionError(
                     f"{name}: {len(where)} elements outside the tensor (or of an input) were "
-                    f"written, the first {where[0] - view.storage_offset()} elements behind its start"
+                    f"written, the first {where[0] - view.storage_offset()} behind its start"
                 )
 
     def restore(self):

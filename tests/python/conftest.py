@@ -16,7 +16,6 @@ import torch  # noqa: E402
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import mamba_ssm  # noqa: E402, F401  registers the operations
-
 from harness import compare, fuzz  # noqa: E402
 
 _fuzzed = collections.Counter()

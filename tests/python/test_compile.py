@@ -143,18 +143,19 @@ def test_export_with_dynamic_length(device):
     softplus = arguments.pop("delta_softplus")
 
     class Program(torch.nn.Module):
-        def forward(self, **tensors):
+        def forward(self, tensors):
             return torch.ops.mamba_ssm.selective_scan(**tensors, delta_softplus=softplus)
 
     length = torch.export.Dim("length", min=2, max=4096)
+
     shapes = {
-        name: {value.dim() - 1: length} if name in ("u", "delta", "z", "B", "C") else {}
-        for name, value in arguments.items()
+        name: {tensor.dim() - 1: length} if name in ("u", "delta", "z", "B", "C") else {}
+        for name, tensor in arguments.items()
     }
-    exported = torch.export.export(Program(), (), arguments, dynamic_shapes=shapes)
+    exported = torch.export.export(Program(), (arguments,), dynamic_shapes=(shapes,))
     call = cases.Scan(seqlen=45).call(device)
     tensors = {n: v for n, v in call.arguments.items() if isinstance(v, torch.Tensor)}
-    out, last_state = exported.module()(**tensors)
+    out, last_state = exported.module()(tensors)
     expected = call.invoke()
     torch.testing.assert_close(out, expected["out"])
     torch.testing.assert_close(last_state, expected["last_state"])

@@ -4,7 +4,6 @@ python -m pytest tests/python/test_fuzz.py --fuzz-cases 100000 --fuzz-seed 7
 """
 
 import pytest
-
 from harness import compare, fuzz
 
 

@@ -21,7 +21,7 @@ WITH_CUDA = torch.version.cuda is not None
 
 
 def stem(op):
-    """The op whose files hold `op`: a derivative lives with its function, a variant with its base."""
+    """The op whose files hold `op`: derivatives and variants live with their base."""
     base = re.sub(r"_(fwd|bwd)$", "", op)
     return "causal_conv1d" if base.startswith("causal_conv1d") else base
 

@@ -11,7 +11,6 @@
 #include <catch2/matchers/catch_matchers_string.hpp>
 #include <cmath>
 #include <map>
-#include <set>
 #include <vector>
 
 using at::Tensor;

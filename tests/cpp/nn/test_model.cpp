@@ -267,7 +267,8 @@ TEST_CASE("config.json: defaults, all keys, and what is refused", "[model]") {
   const MambaLMConfig config = parse(with(
       R"("d_intermediate": 0, "ssm_cfg": {"layer": "Mamba1", "d_state": 5, "expand": 3,
          "dt_rank": 7, "conv_bias": false, "use_fast_path": true}, "attn_layer_idx": [],
-         "attn_cfg": {}, "rms_norm": false, "fused_add_norm": false, "pad_vocab_size_multiple": 4)"));
+         "attn_cfg": {}, "rms_norm": false, "fused_add_norm": false,
+         "pad_vocab_size_multiple": 4)"));
   CHECK(config.ssm_cfg().d_state() == 5);
   CHECK(config.ssm_cfg().expand() == 3);
   CHECK(config.ssm_cfg().dt_rank() == std::optional<int64_t>(7));
