@@ -34,7 +34,9 @@ def mamba_formula(w, hidden_states):
         x, z = (token @ w["in_proj.weight"].T).split(dim, dim=1)
         history.append(x)
         taps = history[-width:]
-        x = silu(sum(w["conv1d.weight"][:, 0, k] * taps[k] for k in range(width)) + w["conv1d.bias"])
+        x = silu(
+            sum(w["conv1d.weight"][:, 0, k] * taps[k] for k in range(width)) + w["conv1d.bias"]
+        )
         dt, B, C = (x @ w["x_proj.weight"].T).split([dt_rank, dstate, dstate], dim=1)
         delta = torch.log1p(torch.exp(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"]))
         decay = torch.exp(delta[:, :, None] * A)

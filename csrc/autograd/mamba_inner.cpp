@@ -93,27 +93,33 @@ struct Arguments {
   void cast_for_autocast();
 };
 
+/// `tensor` in type `type`. (at::to returns its argument where it has that type already, which
+/// below autograd no op may do.)
+Tensor as_type(const Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 /// x / rms(x) * weight over dimension 1 of (batch, rows, seqlen), in float32 at least.
 struct RmsNorm {
   Tensor x, weight, inverse_rms;
 
   RmsNorm(const Tensor& input, const Tensor& scale, double eps) {
     const auto type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    x = input.to(type);
-    weight = scale.to(type).unsqueeze(-1);
+    x = as_type(input, type);
+    weight = as_type(scale, type).unsqueeze(-1);
     inverse_rms = at::rsqrt(x.square().mean(1, /*keepdim=*/true) + eps);
   }
 
-  Tensor forward(at::ScalarType type) const { return (x * inverse_rms * weight).to(type); }
+  Tensor forward(at::ScalarType type) const { return as_type(x * inverse_rms * weight, type); }
 
   /// dx = r (w dy - x r^2 mean(x w dy)), dweight = sum of dy x r, with r = inverse_rms.
   std::pair<Tensor, Tensor> backward(const Tensor& dy_typed, at::ScalarType weight_type) const {
-    const Tensor dy = dy_typed.to(x.scalar_type());
+    const Tensor dy = as_type(dy_typed, x.scalar_type());
     const Tensor weighted = dy * weight;
     const Tensor mean = (x * weighted).mean(1, /*keepdim=*/true);
     const Tensor dx = inverse_rms * (weighted - x * inverse_rms.square() * mean);
     const Tensor dweight = (dy * x * inverse_rms).sum(at::IntArrayRef{0, 2});
-    return {dx.to(dy_typed.scalar_type()), dweight.to(weight_type)};
+    return {as_type(dx, dy_typed.scalar_type()), as_type(dweight, weight_type)};
   }
 };
 
@@ -144,7 +150,8 @@ struct Projections {
   Tensor B, C, delta;  // as selective_scan takes them
 
   Projections(const Arguments& a, const Tensor& x_dbl, const Tensor& known_delta) {
-    const int64_t rows = a.rows(), total = x_dbl.size(1);
+    // Of the weight: the size of a traced tensor would fix all its sizes, seqlen included.
+    const int64_t rows = a.rows(), total = a.x_proj_weight.size(0);
     B = a.B;
     C = a.C;
     if (!a.B.defined())
@@ -167,7 +174,7 @@ struct Projections {
  private:
   static Tensor project(const Arguments& a, const Tensor& slice, const Tensor& bias,
                         const Tensor& rms_weight, Tensor& rows, std::optional<RmsNorm>& norm) {
-    rows = bias.defined() ? slice + bias.to(slice.scalar_type()).unsqueeze(-1) : slice;
+    rows = bias.defined() ? slice + as_type(bias, slice.scalar_type()).unsqueeze(-1) : slice;
     Tensor result = rows;
     if (rms_weight.defined()) {
       norm.emplace(rows, rms_weight, a.b_c_dt_rms_eps);
@@ -274,7 +281,7 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
     const Tensor dout_proj_weight = weight_gradient(dout, y);
     Tensor dout_proj_bias;
     if (a.out_proj_bias.defined()) {
-      dout_proj_bias = dout.sum(at::IntArrayRef{0, 2}).to(a.out_proj_bias.scalar_type());
+      dout_proj_bias = as_type(dout.sum(at::IntArrayRef{0, 2}), a.out_proj_bias.scalar_type());
     }
 
     // scan
@@ -295,7 +302,7 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
                                   Tensor& dbias) {
       Tensor drows = scan_to_rows(dmatrix, a.A.is_complex());
       if (norm) std::tie(drows, drms_weight) = norm->backward(drows, rms_weight.scalar_type());
-      if (bias.defined()) dbias = drows.sum(at::IntArrayRef{0, 2}).to(bias.scalar_type());
+      if (bias.defined()) dbias = as_type(drows.sum(at::IntArrayRef{0, 2}), bias.scalar_type());
       blocks.push_back(drows);
     };
     if (!a.B.defined()) {
@@ -385,11 +392,12 @@ void Arguments::check() const {
 /// Under autocast the products run in its dtype; the casts are differentiable.
 void Arguments::cast_for_autocast() {
   const auto device = xz.device().type();
+  if (!at::autocast::is_autocast_available(device)) return;  // meta
   if (!at::autocast::is_autocast_enabled(device)) return;
   const auto type = at::autocast::get_autocast_dtype(device);
   for (Tensor* tensor :
        {&xz, &x_proj_weight, &delta_proj_weight, &out_proj_weight, &out_proj_bias}) {
-    if (tensor->defined()) *tensor = tensor->to(type);
+    if (tensor->defined()) *tensor = as_type(*tensor, type);
   }
 }
 

@@ -8,16 +8,20 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Tiles extend along the axis that is dense in memory.
-CausalConv1dBlocks blocks_of(const CausalConv1dParams& p) {
-  const bool tokens_dense = p.x.stride[2] == 1 && (p.x.stride[1] != 1 || p.dim == 1);
+CausalConv1dBlocks blocks_of(const CausalConv1dParams& p, int channels) {
   CausalConv1dBlocks s;
-  s.channels = tokens_dense ? kConvMinUnit : kConvMaxUnit;
-  s.tokens = kConvTile / s.channels;
-  s.units = ceil_div(p.dim, s.channels);
+  s.channels = channels;
+  s.tokens = kConvTile / channels;
+  s.units = ceil_div(p.dim, channels);
   s.span = p.seqlen;
   s.spans = 1;
   return s;
+}
+
+/// Tiles extend along the axis that is dense in memory.
+CausalConv1dBlocks blocks_of(const CausalConv1dParams& p) {
+  const bool tokens_dense = p.x.stride[2] == 1 && (p.x.stride[1] != 1 || p.dim == 1);
+  return blocks_of(p, tokens_dense ? kConvMinUnit : kConvMaxUnit);
 }
 
 }  // namespace
@@ -34,7 +38,12 @@ CausalConv1dBlocks causal_conv1d_fwd_blocks(const CausalConv1dParams& p) {
   return s;
 }
 
-CausalConv1dBlocks causal_conv1d_bwd_blocks(const CausalConv1dParams& p) { return blocks_of(p); }
+CausalConv1dBlocks causal_conv1d_bwd_blocks(const CausalConv1dParams& p) {
+  // Units are all there is to divide: narrower ones where they are few.
+  constexpr int64_t kUnits = 32;
+  const CausalConv1dBlocks s = blocks_of(p);
+  return s.channels == kConvMaxUnit && s.units < kUnits ? blocks_of(p, kConvMaxUnit / 2) : s;
+}
 
 int64_t causal_conv1d_fwd_items(const CausalConv1dParams& p) {
   const CausalConv1dBlocks blocks = causal_conv1d_fwd_blocks(p);

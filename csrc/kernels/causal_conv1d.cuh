@@ -35,11 +35,9 @@ struct ExtendedRow {
     }
     const int64_t column = t + p.width - 1;
     if (!given(p.initial_states) || column < 0) return 0;
-    return to_accumulate(
-        static_cast<const T*>(
-            p.initial_states
-                .data)[b * p.initial_states.stride[0] + c * p.initial_states.stride[1] +
-                       column * p.initial_states.stride[2]]);
+    return to_accumulate(static_cast<const T*>(
+        p.initial_states.data)[b * p.initial_states.stride[0] + c * p.initial_states.stride[1] +
+                               column * p.initial_states.stride[2]]);
   }
 };
 
@@ -90,8 +88,7 @@ struct TapFilter {
 
 /// The same for the kVec tokens from t on, kWidth bits for each; none where there is no token.
 template <int kWidth, bool kPacked, int kVec>
-__device__ __forceinline__ unsigned filter_taps(const ExtendedIds& ids, int64_t t,
-                                                int64_t seqlen) {
+__device__ __forceinline__ unsigned filter_taps(const ExtendedIds& ids, int64_t t, int64_t seqlen) {
   static_assert(kWidth * kVec <= 32);
   unsigned taps = ~0u;
   if constexpr (kPacked) {
@@ -184,8 +181,7 @@ struct Window {
   /// The inputs before token t; its own comes with the first call of `push`.
   __device__ __forceinline__ void start(const CausalConv1dParams& p, int64_t b, int64_t c,
                                         int64_t t) {
-    const T* const x =
-        static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c * p.x.stride[1];
+    const T* const x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c * p.x.stride[1];
     const ExtendedRow<T> row{p, b};
 #pragma unroll
     for (int k = 1; k < kWidth; ++k) {
@@ -242,8 +238,7 @@ Strips cut_channels(const CausalConv1dParams& p, int resident, int step) {
   strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarpSize * kVec));
   const int64_t most = std::max<int64_t>(ceil_div(p.seqlen, kLeastTokens * kWarps), 1);
   const int64_t rows = std::max<int64_t>(p.batch * strips.groups, 1);
-  const int64_t blocks =
-      blocks_of_row(rows, int64_t{multiprocessor_count()} * resident, most);
+  const int64_t blocks = blocks_of_row(rows, int64_t{multiprocessor_count()} * resident, most);
   constexpr int64_t kMostTokens = 1 << 24;  // of a strip: they are counted in int
   const int64_t tokens = std::clamp<int64_t>(ceil_div(p.seqlen, blocks * kWarps), 1, kMostTokens);
   strips.length = static_cast<int>(ceil_div(tokens, step) * step);
@@ -297,8 +292,7 @@ bool tokens_are_vectors(const View<3>& x, const Views&... views) {
   };
   return x.stride[2] == 1 &&
          ((views.stride[2] == 1 && same_phase(address(views), address(x)) &&
-           same_phase(views.stride[0], x.stride[0]) &&
-           same_phase(views.stride[1], x.stride[1])) &&
+           same_phase(views.stride[0], x.stride[0]) && same_phase(views.stride[1], x.stride[1])) &&
           ...);
 }
 

@@ -8,14 +8,14 @@
 // order or against it, and scattered to the width tokens that it reaches; dx leaves a thread when
 // its last contribution has come.
 //
-// Channel-last and element-wise data: a thread owns a few channels (one, if strides allow no
-// vectors) and walks a strip of tokens; the warps of a block walk neighboring strips of the same
-// channels and add up their shares of dweight and dbias. Channel-first data: a warp walks a strip
-// of one row backwards in tiles, a thread vectors along time. Other widths: as element-wise, but
-// every g is recomputed where it is used.
+// Channel-last and element-wise data: a thread owns a few channels (one, if strides allow no packs)
+// and walks a strip of tokens; the warps of a block walk neighboring strips of the same channels
+// and add up their shares of dweight and dbias. Channel-first data: a warp walks a strip of one row
+// backwards, a thread vectors along time. In both, the next tokens are on their way to shared
+// memory. Other widths: as element-wise, but every g is recomputed where it is used.
 //
-// dweight and dbias leave a block as one partial sum: workspace (partials, dim, width + 1), the bias
-// behind the taps; a second kernel adds the partials up in order.
+// dweight and dbias leave a block as one partial sum: workspace (partials, dim, width + 1), the
+// bias behind the taps; a second kernel adds the partials up in order.
 #include "causal_conv1d.cuh"
 #include "launch.cuh"
 
@@ -25,9 +25,9 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 // Walking channels.
-constexpr int kRows = 4;    // tokens of a stage; after four the window is back in its registers
-template <class T, int kVec>
-constexpr int kResident = sizeof(T) == 8 ? 2 : kVec == 2 ? 6 : 4;  // blocks of a multiprocessor
+constexpr int kRows = 4;  // tokens of a stage; after four the window is back in its registers
+template <int kVec>
+constexpr int kResident = kVec == 2 ? 6 : 4;  // blocks of a multiprocessor
 // Walking tokens.
 constexpr int kTokenResident = 7;  // blocks of a multiprocessor
 
@@ -92,9 +92,8 @@ template <class T>
 __device__ Accumulate<T> output_gradient(const CausalConv1dParams& p, const ExtendedIds& ids,
                                          int64_t b, int64_t c, int64_t t) {
   if (t >= p.seqlen || (given(p.seq_idx) && ids(t) < 0)) return 0;
-  const Accumulate<T> dout = to_accumulate(
-      static_cast<const T*>(
-          p.dout.data)[b * p.dout.stride[0] + c * p.dout.stride[1] + t * p.dout.stride[2]]);
+  const Accumulate<T> dout = to_accumulate(static_cast<const T*>(
+      p.dout.data)[b * p.dout.stride[0] + c * p.dout.stride[1] + t * p.dout.stride[2]]);
   return p.silu ? times_silu_gradient(dout, preactivation<T>(p, ids, b, c, t)) : dout;
 }
 
@@ -134,7 +133,7 @@ __device__ void store_partial(const CausalConv1dParams& p, const ChannelWalk<kWa
 }
 
 template <class T, int kVec, int kWidth, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kResident<T, kVec>)
+__global__ void __launch_bounds__(kThreads, kResident<kVec>)
     backward_channels(const CausalConv1dParams p, const Strips strips, Accumulate<T>* partials) {
   using Acc = Accumulate<T>;
   constexpr int kStages = 4;  // of the ring: 32 KB a block
@@ -451,9 +450,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
     }
 
     const unsigned used = filter_taps<kWidth, !kPlain, kVec>(ids, begin + u, p.seqlen);
-    const auto uses = [&](int e, int k) {
-      return kPlain || (used >> (e * kWidth + k) & 1) != 0;
-    };
+    const auto uses = [&](int e, int k) { return kPlain || (used >> (e * kWidth + k) & 1) != 0; };
     if constexpr (!kPlain) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
@@ -558,7 +555,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = blockIdx.x * int64_t{kWarpSize} + lane;
   Acc sum = 0;
   if (column < columns) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t i = warp; i < count; i += kWarps) sum += partials[i * columns + column];
   }
   shared[warp][lane] = sum;
@@ -575,12 +572,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, int kVec>
+template <int kVec>
 Strips channel_strips(const CausalConv1dParams& p) {
-  return cut_channels<kWarps, kVec>(p, kResident<T, kVec>, kRows);
+  return cut_channels<kWarps, kVec>(p, kResident<kVec>, kRows);
 }
 
-/// Strips of warps that walk tokens. A row of x leaves up to `phase` slots empty in its first vector.
+/// Strips of warps that walk tokens. A row of x leaves up to `phase` slots empty in its first
+/// vector.
 template <class T>
 Strips token_strips(const CausalConv1dParams& p, int64_t phase) {
   constexpr int64_t kStep = kWarpSize * Vector<T>::kSize;
@@ -590,8 +588,8 @@ Strips token_strips(const CausalConv1dParams& p, int64_t phase) {
   strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
   const int64_t steps = std::max<int64_t>(ceil_div(p.seqlen + phase, kStep), 1);
   const int64_t most = std::max<int64_t>(steps / kLeastSteps, 1);
-  const int64_t blocks = blocks_of_row(
-      p.batch * strips.groups, int64_t{multiprocessor_count()} * kTokenResident, most);
+  const int64_t blocks = blocks_of_row(p.batch * strips.groups,
+                                       int64_t{multiprocessor_count()} * kTokenResident, most);
   strips.length = static_cast<int>(std::min(ceil_div(steps, blocks), kMostSteps) * kStep);
   strips.blocks = static_cast<unsigned>(ceil_div(steps * kStep, strips.length));
   return strips;
@@ -617,10 +615,11 @@ Layout layout_of(const CausalConv1dParams& p) {
 template <class T>
 size_t workspace_causal_conv1d_bwd(const CausalConv1dParams& p) {
   if (p.batch == 0 || p.dim == 0) return 0;
-  unsigned count = channel_strips<T, 1>(p).blocks;
+  unsigned count = channel_strips<1>(p).blocks;
   if constexpr (sizeof(T) <= 4) {
-    count = std::max({count, channel_strips<T, kPackedChannels<T>>(p).blocks, token_strips<T>(p, 0).blocks,
-                      token_strips<T>(p, Vector<T>::kSize - 1).blocks});
+    count =
+        std::max({count, channel_strips<kPackedChannels<T>>(p).blocks, token_strips<T>(p, 0).blocks,
+                  token_strips<T>(p, Vector<T>::kSize - 1).blocks});
   }
   return sizeof(Accumulate<T>) * static_cast<size_t>(p.batch * count * p.dim * (p.width + 1));
 }
@@ -635,14 +634,14 @@ CudaStatus launch_causal_conv1d_bwd(const CausalConv1dParams& p, void* workspace
   int64_t count = 0;  // of partial sums
   if (p.batch > 0) {
     const Layout layout = layout_of<T>(p);
-    Strips strips = channel_strips<T, 1>(p);
+    Strips strips = channel_strips<1>(p);
     const auto blocks = [&] {
       count = p.batch * strips.blocks;
       return static_cast<unsigned>(count * strips.groups);
     };
     if constexpr (sizeof(T) <= 4) {
       if (layout == Layout::kChannelPacks) {
-        strips = channel_strips<T, kPackedChannels<T>>(p);
+        strips = channel_strips<kPackedChannels<T>>(p);
         for_width(p.width, [&](auto width) {
           for_flag(given(p.seq_idx), [&](auto packed) {
             backward_channels<T, kPackedChannels<T>, width, packed>
@@ -673,8 +672,9 @@ CudaStatus launch_causal_conv1d_bwd(const CausalConv1dParams& p, void* workspace
     }
   }
   const int64_t columns = p.dim * (p.width + 1);
-  reduce_partials<Acc><<<static_cast<unsigned>(ceil_div(columns, kWarpSize)), kThreads, 0, stream>>>(
-      p, partials, count);
+  reduce_partials<Acc>
+      <<<static_cast<unsigned>(ceil_div(columns, kWarpSize)), kThreads, 0, stream>>>(p, partials,
+                                                                                     count);
   return cudaGetLastError();
 }
 

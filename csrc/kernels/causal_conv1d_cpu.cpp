@@ -100,7 +100,10 @@ void load_elements(const Plane& from, int channels, int tokens, int pitch, Accum
     c = channels / kLanes * kLanes;
     for (int i = 0; i < tokens; ++i) {
       const T* token = src + i * from.token_stride;
-      for (int j = 0; j < c; j += kLanes) store(tile + i * pitch + j, load(token + j));
+      for (int j = 0; j < c; j += kLanes) {
+        __builtin_prefetch(token + j + tokens * from.token_stride);
+        store(tile + i * pitch + j, load(token + j));
+      }
     }
   } else if constexpr (sizeof(T) <= sizeof(float)) {
     if (from.token_stride == 1) {
@@ -123,11 +126,10 @@ void load_elements(const Plane& from, int channels, int tokens, int pitch, Accum
   }
   const int padded = (channels + kLanes - 1) / kLanes * kLanes;
   for (int i = t; i < tokens; ++i) {
-    for (int j = c; j < padded; ++j) {
-      tile[i * pitch + j] =
-          j < channels ? to_accumulate(src[j * from.channel_stride + i * from.token_stride])
-                       : Accumulate<T>(0);
+    for (int j = c; j < channels; ++j) {
+      tile[i * pitch + j] = to_accumulate(src[j * from.channel_stride + i * from.token_stride]);
     }
+    for (int j = channels; j < padded; ++j) tile[i * pitch + j] = 0;
   }
 }
 
@@ -327,17 +329,14 @@ class Unit {
   /// Channels from `channel` on, `pitch` of them or the last ones.
   Unit(const View<2>& weight, const View<1>& bias, int64_t dim, int64_t width, bool silu,
        int64_t channel, int pitch)
-      : weight_view_(weight),
+      : weights_{weight.data, weight.dtype, channel * weight.stride[0], weight.stride[0],
+                 weight.stride[1]},
         width_(width),
         silu_(silu),
-        channel_(channel),
         channels_(static_cast<int>(minimum(pitch, dim - channel))),
         pitch_(pitch) {
-    for (int c = 0; c < pitch; ++c) {
-      bias_[c] = bias && c < channels_
-                     ? load_as<S>(bias.data, bias.dtype, (channel + c) * bias.stride[0])
-                     : S(0);
-    }
+    load_tile({bias.data, bias.dtype, channel * bias.stride[0], bias.stride[0], 0}, channels_, 1,
+              pitch, bias_);
   }
 
   int channels() const { return channels_; }
@@ -468,14 +467,7 @@ class Unit {
   void load_weights(int64_t k) {
     if (weights_from_ == k) return;
     weights_from_ = k;
-    for (int j = 0; j < taps_from(k); ++j) {
-      for (int c = 0; c < pitch_; ++c) {
-        const int64_t at =
-            (channel_ + c) * weight_view_.stride[0] + (k + j) * weight_view_.stride[1];
-        weight_[j * pitch_ + c] =
-            c < channels_ ? load_as<S>(weight_view_.data, weight_view_.dtype, at) : S(0);
-      }
-    }
+    load_tile(weights_.at(k), channels_, taps_from(k), pitch_, weight_);
   }
 
   struct Window {
@@ -484,10 +476,9 @@ class Unit {
   };
 
   static constexpr int kHalo = (kTaps - 1) * kConvMaxUnit;
-  const View<2>& weight_view_;
+  const Plane weights_;  // taps in place of tokens
   const int64_t width_;
   const bool silu_;
-  const int64_t channel_;
   const int channels_, pitch_;
   int64_t weights_from_ = -1;
   Window window_ = {-1, 0, 0, 0};

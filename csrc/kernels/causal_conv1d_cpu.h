@@ -6,9 +6,9 @@
 namespace mamba_ssm::kernels {
 
 /// A tile is what a kernel holds in scratch: a few tokens of a unit of channels.
-inline constexpr int kConvTile = 2048;   // elements
-inline constexpr int kConvMaxUnit = 64;  // channels; both are whole vectors of every
-inline constexpr int kConvMinUnit = 16;  //   instruction set
+inline constexpr int kConvTile = 2048;  // elements
+/// Channels of a unit: whole vectors of every instruction set.
+inline constexpr int kConvMinUnit = 16, kConvMaxUnit = 64;
 inline constexpr int kConvMaxTokens = kConvTile / kConvMinUnit;
 
 /// A work item is a unit of channels of one row (backward: of all rows) for a span of time. Items

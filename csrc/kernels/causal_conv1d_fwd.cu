@@ -1,9 +1,10 @@
 // Causal depthwise convolution, forward.
 //
-// Channel-last data: a thread owns one 16-byte vector of channels and walks a strip of tokens, the
-// last width inputs in registers. Channel-first data: a warp owns a tile of one row, a thread
-// vectors along time; the width - 1 inputs before a vector come from the lane to the left.
-// Everything else (other widths, float64, strides without vectors): a thread per output.
+// Channel-last data: a thread owns a pack of channels and walks a strip of tokens, the last width
+// inputs in registers, the next ones on their way to shared memory. Channel-first data: a warp owns
+// a strip of one row, a thread vectors along time; the width - 1 inputs before a vector come from
+// the lane to the left. Everything else (other widths, float64, strides without packs): a thread
+// per output.
 #include "causal_conv1d.cuh"
 #include "launch.cuh"
 
@@ -131,9 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   const int length = rest < strips.length ? static_cast<int>(rest) : strips.length;
   x += begin;
   out += begin;
-  const auto inside = [&](int u) {
-    return kPlain ? u < length : u >= head && u + kVec <= length;
-  };
+  const auto inside = [&](int u) { return kPlain ? u < length : u >= head && u + kVec <= length; };
   const ExtendedRow<T> input{p, b};
 
   Pack<T, kVec> vectors[kSteps];
@@ -169,8 +168,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kHalo; ++j) {
       // Lane 0 gets the end of lane 31, for the next step.
-      const Acc left =
-          __shfl_sync(kAllLanes, window[kVec + j], (lane + kWarpSize - 1) % kWarpSize);
+      const Acc left = __shfl_sync(kAllLanes, window[kVec + j], (lane + kWarpSize - 1) % kWarpSize);
       window[j] = lane == 0 ? before[j] : left;
       before[j] = left;
     }
@@ -236,8 +234,7 @@ __global__ void __launch_bounds__(kThreads)
       y = preactivation<T>(p, ids, b, c, t);
       if (p.silu) y = silu(y);
     }
-    static_cast<T*>(
-        p.out.data)[b * p.out.stride[0] + c * p.out.stride[1] + t * p.out.stride[2]] =
+    static_cast<T*>(p.out.data)[b * p.out.stride[0] + c * p.out.stride[1] + t * p.out.stride[2]] =
         from_accumulate<T>(y);
   }
 }
@@ -259,8 +256,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t column = 0; column < p.width - 1; ++column) {
     const int64_t s = last - (p.width - 2) + column;
     const bool same_sequence = !given(p.seq_idx) || ids(s) == ids(last);
-    static_cast<T*>(states.data)[b * states.stride[0] + c * states.stride[1] +
-                                 column * states.stride[2]] =
+    static_cast<T*>(
+        states.data)[b * states.stride[0] + c * states.stride[1] + column * states.stride[2]] =
         from_accumulate<T>(same_sequence ? input(c, s) : Accumulate<T>(0));
   }
 }
@@ -270,8 +267,7 @@ void launch_outputs(const CausalConv1dParams& p, cudaStream_t stream) {
   if constexpr (sizeof(T) <= 4) {
     if (has_own_arm(p.width) && channels_are_packed<T, kPackedChannels<T>>(p.dim, p.x, p.out)) {
       const Strips strips = cut_channels<kWarps, kPackedChannels<T>>(p, kResident, kRows);
-      const auto blocks =
-          static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
+      const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
       for_width(p.width, [&](auto width) {
         for_flag(given(p.seq_idx), [&](auto packed) {
           forward_channel_last<T, width, packed><<<blocks, kThreads, 0, stream>>>(p, strips);
@@ -286,8 +282,8 @@ void launch_outputs(const CausalConv1dParams& p, cudaStream_t stream) {
       strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
       strips.length = kSteps * kWarpSize * kSize;
       strips.blocks = static_cast<unsigned>(ceil_div(p.seqlen + phase, strips.length));
-      const bool plain = phase == 0 && p.seqlen % kSize == 0 && !given(p.seq_idx) &&
-                         !given(p.initial_states);
+      const bool plain =
+          phase == 0 && p.seqlen % kSize == 0 && !given(p.seq_idx) && !given(p.initial_states);
       const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
       for_width(p.width, [&](auto width) {
         for_flag(plain, [&](auto is_plain) {
@@ -301,8 +297,8 @@ void launch_outputs(const CausalConv1dParams& p, cudaStream_t stream) {
   const int64_t dense_size = channels_are_dense ? p.dim : p.seqlen;
   const int64_t other_size = channels_are_dense ? p.seqlen : p.dim;
   const int64_t tiles = ceil_div(dense_size, kWarpSize) * ceil_div(other_size, kDepth);
-  forward_any<T><<<static_cast<unsigned>(p.batch * tiles), kThreads, 0, stream>>>(
-      p, channels_are_dense);
+  forward_any<T>
+      <<<static_cast<unsigned>(p.batch * tiles), kThreads, 0, stream>>>(p, channels_are_dense);
 }
 
 }  // namespace

@@ -27,12 +27,11 @@ __device__ int64_t slot_of(const CausalConv1dUpdateParams& p, int64_t b) {
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) 
-    update_one_token(const CausalConv1dUpdateParams p, unsigned channel_blocks) {
+__global__ void __launch_bounds__(kThreads) update_one_token(const CausalConv1dUpdateParams p) {
   using Acc = Accumulate<T>;
   constexpr int kVec = 16 / (kStateLen * sizeof(T));  // channels
-  const int64_t c = (int64_t{blockIdx.x % channel_blocks} * kThreads + threadIdx.x) * kVec;
-  const int64_t first_row = int64_t{blockIdx.x / channel_blocks} * kRows;
+  const unsigned c = (blockIdx.y * kThreads + threadIdx.x) * kVec;
+  const unsigned first_row = blockIdx.x * kRows;
   if (c >= p.dim) return;
 
   T* const states = static_cast<T*>(p.conv_state.data) + c * kStateLen;
@@ -89,8 +88,7 @@ __global__ void __launch_bounds__(kThreads) update_any(const CausalConv1dUpdateP
   const int64_t c = blockIdx.x % channel_blocks * kThreads + threadIdx.x;
   const int64_t b = blockIdx.x / channel_blocks;
   if (c >= p.dim) return;
-  const T* const x =
-      static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c * p.x.stride[1];
+  const T* const x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c * p.x.stride[1];
   T* const out = static_cast<T*>(p.out.data) + b * p.out.stride[0] + c * p.out.stride[1];
   const int64_t slot = slot_of(p, b);
   if (slot < 0) {
@@ -143,16 +141,15 @@ __global__ void __launch_bounds__(kThreads) update_any(const CausalConv1dUpdateP
 
 /// A thread per state element; channels are the inner axis.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    varlen_states(const CausalConv1dVarlenStatesParams p) {
+__global__ void __launch_bounds__(kThreads) varlen_states(const CausalConv1dVarlenStatesParams p) {
   const int64_t channel_blocks = (p.dim + kThreads - 1) / kThreads;
   const int64_t c = blockIdx.x % channel_blocks * kThreads + threadIdx.x;
   const int64_t column = blockIdx.x / channel_blocks % p.state_len;
   const int64_t sequence = blockIdx.x / channel_blocks / p.state_len;
   if (c >= p.dim) return;
   const auto offset = [&](int64_t i) {
-    const int64_t token = load_as<int64_t>(p.cu_seqlens.data, p.cu_seqlens.dtype,
-                                           i * p.cu_seqlens.stride[0]);
+    const int64_t token =
+        load_as<int64_t>(p.cu_seqlens.data, p.cu_seqlens.dtype, i * p.cu_seqlens.stride[0]);
     return token < 0 ? 0 : token < p.total_tokens ? token : p.total_tokens;
   };
   const int64_t token = offset(sequence + 1) - p.state_len + column;
@@ -168,11 +165,13 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 bool is_one_token(const CausalConv1dUpdateParams& p) {
   constexpr int kVec = std::max<int>(16 / (kStateLen * sizeof(T)), 1);
+  constexpr int64_t kMostBlocks = 65535;  // of a grid in y
   const auto aligned = [](const View<3>& v) {
     return reinterpret_cast<uintptr_t>(v.data) % (kVec * sizeof(T)) == 0 && v.stride[0] % kVec == 0;
   };
   return sizeof(T) <= 4 && p.seqlen == 1 && p.state_len == kStateLen && has_own_arm(p.width) &&
-         !given(p.cache_seqlens) && p.dim % kVec == 0 && p.conv_state.stride[2] == 1 &&
+         !given(p.cache_seqlens) && p.batch <= INT32_MAX && p.dim % kVec == 0 &&
+         p.dim <= kMostBlocks * kThreads * kVec && p.conv_state.stride[2] == 1 &&
          p.conv_state.stride[1] == kStateLen &&
          allows_vectors<T>(p.conv_state.data, p.conv_state.stride[0]) && p.x.stride[1] == 1 &&
          p.out.stride[1] == 1 && aligned(p.x) && aligned(p.out);
@@ -188,11 +187,10 @@ CudaStatus launch_causal_conv1d_update(const CausalConv1dUpdateParams& p,
   if constexpr (sizeof(T) <= 4) {
     if (is_one_token<T>(p)) {
       constexpr int kVec = 16 / (kStateLen * sizeof(T));
-      const auto channel_blocks = static_cast<unsigned>(ceil_div(p.dim / kVec, kThreads));
-      const auto blocks = static_cast<unsigned>(channel_blocks * ceil_div(p.batch, kRows));
-      for_width(p.width, [&](auto width) {
-        update_one_token<T, width><<<blocks, kThreads, 0, stream>>>(p, channel_blocks);
-      });
+      const dim3 grid(static_cast<unsigned>(ceil_div(p.batch, kRows)),
+                      static_cast<unsigned>(ceil_div(p.dim / kVec, kThreads)));
+      for_width(p.width,
+                [&](auto width) { update_one_token<T, width><<<grid, kThreads, 0, stream>>>(p); });
       return cudaGetLastError();
     }
   }
@@ -206,8 +204,8 @@ CudaStatus launch_causal_conv1d_varlen_states(const CausalConv1dVarlenStatesPara
                                               CudaStream stream_handle) {
   if (p.num_sequences == 0 || p.dim == 0 || p.state_len == 0) return cudaSuccess;
   const int64_t blocks = ceil_div(p.dim, kThreads) * p.state_len * p.num_sequences;
-  varlen_states<T><<<static_cast<unsigned>(blocks), kThreads, 0,
-                     static_cast<cudaStream_t>(stream_handle)>>>(p);
+  varlen_states<T>
+      <<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream_handle)>>>(p);
   return cudaGetLastError();
 }
 

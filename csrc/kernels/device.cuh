@@ -160,8 +160,8 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& v) {
   *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
 }
 
-/// `kSize` elements of T side by side in memory, moved by one instruction and kept as they are until
-/// they are read.
+/// `kSize` elements of T side by side in memory, moved by one instruction and kept as they are
+/// until they are read.
 template <class T, int kSize>
 struct alignas(kSize * sizeof(T)) Pack {
   using Word = std::conditional_t<kSize * sizeof(T) == 2, uint16_t, uint32_t>;

@@ -19,9 +19,10 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <mamba_ssm/limits.h>
 
 #include <algorithm>
-#include <mamba_ssm/limits.h>
+#include <limits>
 
 #include "device.cuh"
 #include "packed_sequences.h"
@@ -64,18 +65,31 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 constexpr int kTile = 32;  // tokens
 static_assert(kTile == kSelectiveScanChunk && kTile == kWarpSize);
 constexpr int kStateBlock = 16;
-constexpr int kQuarters = 4;                         // lanes of a row
-constexpr int kStates = kStateBlock / kQuarters;     // of a lane
-constexpr int kRows = kWarpSize / kQuarters;         // channels of a warp
-constexpr int kTokens = kTile / kQuarters;           // of a lane, in pointwise work
-constexpr int kPitch = kTile + 4;                    // rows of a plane fall into different banks
-constexpr int kWarps = 4;                            // of a block
+constexpr int kQuarters = 4;                      // lanes of a row
+constexpr int kStates = kStateBlock / kQuarters;  // of a lane
+constexpr int kRows = kWarpSize / kQuarters;      // channels of a warp
+constexpr int kTokens = kTile / kQuarters;        // of a lane, in pointwise work
+constexpr int kPitch = kTile + 4;                 // rows of a plane fall into different banks
+constexpr int kWarps = 4;                         // of a block
 constexpr int kThreads = kWarps * kWarpSize;
 
 /// Floats of a plane with `depth` rows per lane: 8 more than its rows, so that the four quarters of
 /// a row, each in a plane of its own, fall into different banks as well.
 __host__ __device__ constexpr int plane_size(int depth) { return depth * kRows * kPitch + 8; }
 
+/// x, hidden from the compiler: what is computed from it in a loop is computed there again, instead
+/// of being kept in registers that the walk over a tile needs more.
+__device__ __forceinline__ int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+/// x[d] for a d known at run time, without an array in memory.
+template <int kDepth>
+__device__ __forceinline__ float pick(const float (&x)[kDepth], int d) {
+  static_assert(kDepth <= 2);
+  return d == 0 ? x[0] : x[kDepth - 1];
+}
 
 /// Which tensors move as 16-byte vectors.
 enum VectorBit : unsigned {
@@ -93,13 +107,15 @@ enum VectorBit : unsigned {
 
 template <class T>
 unsigned vector_bit(const View<3>& v, VectorBit bit) {
-  return v.stride[2] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1]) ? bit : 0;
+  const bool allowed =
+      given(v) && v.stride[2] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1]);
+  return allowed ? bit : 0;
 }
 
 template <class T>
 unsigned vector_bit(const View<4>& v, VectorBit bit) {
-  const bool allowed = v.stride[3] == 1 &&
-                       allows_vectors<T>(v.data, v.stride[0], v.stride[1], v.stride[2]);
+  const bool allowed =
+      v.stride[3] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1], v.stride[2]);
   return allowed ? bit : 0;
 }
 
@@ -113,6 +129,10 @@ struct ScanPlan {
   int segment_length;  // tokens, a multiple of kTile
   int state_blocks;
   unsigned vectors;  // VectorBits
+  size_t shared;     // bytes of shared memory of a block
+  double time;       // what the ScanCost makes of it
+
+  bool fits() const { return segments > 0; }  // the device
 };
 
 /// What a block works on.
@@ -266,32 +286,8 @@ __device__ __forceinline__ float4* plane_row(float* plane, int row) {
   return reinterpret_cast<float4*>(plane + row * kPitch);
 }
 
-/// kCount floats of a plane from token t on, which is a multiple of kCount.
-template <int kCount>
-__device__ __forceinline__ void read_tokens(const float* plane, int row, int t,
-                                            float (&x)[kCount]) {
-  if constexpr (kCount == 4) {
-    unpack(*reinterpret_cast<const float4*>(plane + row * kPitch + t), x);
-  } else {
-    static_assert(kCount == 2);
-    const float2 two = *reinterpret_cast<const float2*>(plane + row * kPitch + t);
-    x[0] = two.x, x[1] = two.y;
-  }
-}
-template <int kCount>
-__device__ __forceinline__ void write_tokens(float* plane, int row, int t,
-                                             const float (&x)[kCount]) {
-  if constexpr (kCount == 4) {
-    *reinterpret_cast<float4*>(plane + row * kPitch + t) = pack(x);
-  } else {
-    static_assert(kCount == 2);
-    *reinterpret_cast<float2*>(plane + row * kPitch + t) = make_float2(x[0], x[1]);
-  }
-}
-
 /// A lane's kTokens floats of a plane.
-__device__ __forceinline__ void read_plane(float* plane, int row, int part,
-                                           float (&x)[kTokens]) {
+__device__ __forceinline__ void read_plane(float* plane, int row, int part, float (&x)[kTokens]) {
   const float4* source = plane_row(plane, row) + part * (kTokens / 4);
 #pragma unroll
   for (int i = 0; i < kTokens / 4; ++i) {
@@ -314,8 +310,8 @@ struct TileMarks {
 };
 
 template <bool kPacked>
-__device__ __forceinline__ TileMarks tile_marks(const SelectiveScanParams& p, int64_t b,
-                                                int begin, int end) {
+__device__ __forceinline__ TileMarks tile_marks(const SelectiveScanParams& p, int64_t b, int begin,
+                                                int end) {
   const int t = begin + threadIdx.x % kWarpSize;
   if constexpr (kPacked) {
     const uint8_t mark = t < end ? p.marks[b * p.seqlen + t] : uint8_t{kPadding};
@@ -327,8 +323,8 @@ __device__ __forceinline__ TileMarks tile_marks(const SelectiveScanParams& p, in
 
 /// Steps of a lane's tokens: dt = delta + bias, through softplus if asked for.
 template <class T>
-__device__ __forceinline__ void time_steps(const Tokens<T>& delta, float bias, bool through_softplus,
-                                           float (&dt)[kTokens]) {
+__device__ __forceinline__ void time_steps(const Tokens<T>& delta, float bias,
+                                           bool through_softplus, float (&dt)[kTokens]) {
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) dt[j] = delta[j] + bias;
   if (through_softplus) {
@@ -355,15 +351,18 @@ __device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
 // ---- Matrices and states -----------------------------------------------------------------------
 
 /// One matrix, or B and C side by side, for one tile and state block, on their way from global to
-/// shared memory: a lane carries 8 tokens of one state.
+/// shared memory: a thread carries 8 tokens of one state.
 template <class T, int kCount>
 struct MatrixStage {
   static constexpr int kMatrixRows = kCount * kStateBlock;
+  static_assert(kMatrixRows * kQuarters <= kThreads);
   Tokens<T> tokens;
 
   static __device__ __forceinline__ int row() { return threadIdx.x % kMatrixRows; }
   static __device__ __forceinline__ int part() { return threadIdx.x / kMatrixRows; }
-  static __device__ __forceinline__ bool active() { return kCount == 2 || part() < kQuarters; }
+  static __device__ __forceinline__ bool active() {
+    return kMatrixRows * kQuarters == kThreads || part() < kQuarters;
+  }
 
   __device__ __forceinline__ void load(const View<4>& first, bool first_vectors,
                                        const View<4>& second, bool second_vectors, int64_t b,
@@ -473,7 +472,6 @@ __device__ __forceinline__ void store_states(const View<3>& v, int64_t b, int64_
   }
 }
 
-
 // ---- Segments ----------------------------------------------------------------------------------
 
 /// What each segment does to the state that enters it.
@@ -500,8 +498,12 @@ __device__ __forceinline__ void pass_segments(const SegmentSums& sums, int first
   }
 }
 
-inline size_t segment_kernel_shared(const ScanPlan& plan) {
-  return sizeof(float4) * (kTile * kQuarters + 2 * plan.state_blocks * kThreads) +
+inline int state_blocks(const SelectiveScanParams& p) {
+  return static_cast<int>(ceil_div(p.dstate, kStateBlock));
+}
+
+inline size_t segment_kernel_shared(const SelectiveScanParams& p) {
+  return sizeof(float4) * (kTile * kQuarters + 2 * state_blocks(p) * kThreads) +
          sizeof(float) * 2 * kWarps * plane_size(1);
 }
 
@@ -513,15 +515,14 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / kQuarters;
   const int part = lane % kQuarters;  // quarter of a state block, or 8 tokens of a tile
-  float4* const matrix = shared;                           // (kTile, kQuarters)
-  float4* const states = matrix + kTile * kQuarters;   // (state_blocks, threads)
+  float4* const matrix = shared;      // (kTile, kQuarters)
+  float4* const states = matrix + kTile * kQuarters;  // (state_blocks, threads)
   float4* const rates = states + plan.state_blocks * kThreads;
   float* const steps = reinterpret_cast<float*>(rates + plan.state_blocks * kThreads) +
                        threadIdx.x / kWarpSize * 2 * plane_size(1);
   float* const inputs = steps + plane_size(1);
 
-  const ScanPlace place =
-      scan_place(p, plan, kWarps * kRows, kReverse ? 1 : 0, plan.segments - 1);
+  const ScanPlace place = scan_place(p, plan, kWarps * kRows, kReverse ? 1 : 0, plan.segments - 1);
   const int c = place.channel + threadIdx.x / kWarpSize * kRows + row;
   const bool exists = c < place.channel_end;
   const float bias = exists ? parameter<float>(p.delta_bias, c) : 0.0f;
@@ -610,8 +611,8 @@ __global__ void __launch_bounds__(kThreads)
   step_sum += __shfl_xor_sync(kAllLanes, step_sum, 2);
   if (exists && part == 0) sums.step_sum[int64_t{place.segment_row} * p.dim + c] = step_sum;
   for (int block = 0; block < plan.state_blocks; ++block) {
-    const StateSlot slot(int64_t{place.segment_row} * p.dim + c, block * kStateBlock + part * kStates,
-                         p.dstate, exists);
+    const StateSlot slot(int64_t{place.segment_row} * p.dim + c,
+                         block * kStateBlock + part * kStates, p.dstate, exists);
     float h[kStates];
     unpack(states[block * kThreads + threadIdx.x], h);
     slot.store(sums.end, h);
@@ -620,8 +621,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Generic path ------------------------------------------------------------------------------
 //
-// Any call: complex A, constant B or C, float64, a group per channel, any dstate. `lanes` lanes of a
-// warp share a channel, a lane owns every lanes-th state; tiles and planes as in the shared path,
+// Any call: complex A, constant B or C, float64, a group per channel, any dstate. `lanes` lanes of
+// a warp share a channel, a lane owns every lanes-th state; tiles and planes as in the shared path,
 // but lane = token in what is pointwise in time, and one plane row per channel of the warp.
 
 constexpr int kGenericWarps = 4;
@@ -752,7 +753,15 @@ inline int generic_lanes(int64_t dstate) {
 
 constexpr int64_t kMaxSharedStates = 256;  // the state of a row lives in shared memory
 constexpr int64_t kMaxSize = int64_t{1} << 30;
-constexpr int64_t kMinGroupChannels = 4;   // with fewer, most rows of a warp would be empty
+constexpr int64_t kMinGroupChannels = 4;  // with fewer, most rows of a warp would be empty
+
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
 
 /// True if the shared path takes a call; the generic kernels take every other one.
 template <class T>
@@ -763,32 +772,48 @@ bool takes_shared_path(const SelectiveScanParams& p) {
          p.dim <= kMaxSize && p.seqlen <= kMaxSize;
 }
 
-/// Warps that the rows of a call give, with `depth` channels per lane.
-inline int64_t row_warps(const SelectiveScanParams& p, int depth) {
-  return p.batch * p.groups_B * ceil_div(p.dim / p.groups_B, kWarps * depth * kRows) * kWarps;
-}
+/// How long a main kernel takes, for the choice of a plan. A multiprocessor runs `resident` blocks
+/// at a time if they fit; such a round takes `latency` per token however many they are, and `work`
+/// per token and block. The kernel that finds SegmentSums adds `first_pass` of the work. No unit,
+/// but the same for all depths of a kernel.
+struct ScanCost {
+  int resident;
+  double latency, work, first_pass;
+};
 
-/// Cuts a call into blocks; into segments where the rows give fewer than `enough` warps per
-/// multiprocessor, as many as give `wanted` then, but of at least kMinSegment tokens.
-inline ScanPlan plan_scan(const SelectiveScanParams& p, int depth, int64_t enough, int64_t wanted) {
-  constexpr int64_t kMinSegment = 128;
+/// Cuts a call into blocks of `block_channels` that use `shared` bytes, and its rows into as many
+/// segments as the cost asks for. No segments at all: the blocks do not fit the device.
+inline ScanPlan plan_scan(const SelectiveScanParams& p, int block_channels, const ScanCost& cost,
+                          size_t shared) {
+  constexpr int64_t kMinSegment = 128;  // tokens
   constexpr int64_t kMaxSegments = 64;  // the main kernel composes them one by one
+  constexpr int64_t kReserved = 1024;   // bytes of shared memory that the system takes per block
   ScanPlan plan{};
   plan.groups = static_cast<int>(p.groups_B);
   plan.group_channels = static_cast<int>(p.dim / p.groups_B);
-  plan.tiles = static_cast<int>(ceil_div(plan.group_channels, kWarps * depth * kRows));
-  plan.state_blocks = static_cast<int>(ceil_div(p.dstate, kStateBlock));
+  plan.tiles = static_cast<int>(ceil_div(plan.group_channels, block_channels));
+  plan.state_blocks = state_blocks(p);
+  plan.shared = shared;
+  plan.time = std::numeric_limits<double>::infinity();
+  const int64_t bytes = std::max<int64_t>(shared, segment_kernel_shared(p)) + kReserved;
+  if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) + kReserved) return plan;
+  const int64_t resident = std::min<int64_t>(
+      cost.resident, device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / bytes);
   const int64_t multiprocessors = multiprocessor_count();
-  const int64_t warps = row_warps(p, depth);
-  int64_t segments = 1;
-  if (warps < enough * multiprocessors) {
-    const int64_t possible = std::min(kMaxSegments, p.seqlen / kMinSegment);
-    segments = std::clamp<int64_t>(ceil_div(wanted * multiprocessors, warps), 1,
-                                   std::max<int64_t>(possible, 1));
+  const int64_t max_segments = std::clamp<int64_t>(p.seqlen / kMinSegment, 1, kMaxSegments);
+  for (int64_t wanted = 1; wanted <= max_segments; ++wanted) {
+    const int64_t length = std::max<int64_t>(1, ceil_div(p.seqlen, wanted * kTile)) * kTile;
+    const int64_t segments = std::max<int64_t>(1, ceil_div(p.seqlen, length));
+    const int64_t blocks = p.batch * segments * plan.groups * plan.tiles;
+    const int64_t share = ceil_div(blocks, multiprocessors);  // of a multiprocessor
+    const double work = cost.work * (1 + cost.first_pass * (segments - 1) / segments);
+    const double time = length * (cost.latency * ceil_div(share, resident) + work * share);
+    if (time < plan.time) {
+      plan.segments = static_cast<int>(segments);
+      plan.segment_length = static_cast<int>(length);
+      plan.time = time;
+    }
   }
-  const int64_t tiles_of_segment = std::max<int64_t>(1, ceil_div(p.seqlen, segments * kTile));
-  plan.segment_length = static_cast<int>(tiles_of_segment * kTile);
-  plan.segments = static_cast<int>(std::max<int64_t>(1, ceil_div(p.seqlen, plan.segment_length)));
   return plan;
 }
 
@@ -835,9 +860,9 @@ void launch_segments(const SelectiveScanParams& p, const ScanPlan& plan, const S
   ScanPlan own = plan;
   own.tiles = static_cast<int>(ceil_div(plan.group_channels, kWarps * kRows));
   const int64_t blocks = p.batch * (plan.segments - 1) * plan.groups * own.tiles;
-  const auto kernel = p.marks != nullptr ? scan_segments<T, true, kReverse>
-                                         : scan_segments<T, false, kReverse>;
-  launch_shared(kernel, blocks, kThreads, segment_kernel_shared(own), stream, p, own, sums);
+  const auto kernel =
+      p.marks != nullptr ? scan_segments<T, true, kReverse> : scan_segments<T, false, kReverse>;
+  launch_shared(kernel, blocks, kThreads, segment_kernel_shared(p), stream, p, own, sums);
 }
 
 }  // namespace mamba_ssm::kernels

@@ -13,8 +13,9 @@
 // tile to find the state before each group of kGroup tokens, then group by group, last group first,
 // with the states and decays of a group in registers. What a token needs from all its states (y,
 // d(dt u), d(dt)) is summed over the four lanes of a row; what a state needs from all channels (dB,
-// dC) over the 8 rows of a warp, then over the warps of the block, and leaves as one partial sum per
-// block. A second kernel adds the partial sums up.
+// dC) over the 8 rows of a warp, then over the warps of the block, and leaves as one partial sum
+// per block. A second kernel adds the partial sums up.
+#pragma nv_diag_suppress 177  // float64 has no use for the shared path
 #include <numeric>
 
 #include "launch.cuh"
@@ -23,27 +24,15 @@
 namespace mamba_ssm::kernels {
 namespace {
 
-#ifndef BWD_DEEP
-#define BWD_DEEP 0
-#endif
-#ifndef BWD_BLOCKS2
-#define BWD_BLOCKS2 3
-#endif
-#ifndef BWD_BLOCKS
-#define BWD_BLOCKS 4
-#endif
-#ifndef BWD_GROUP
-#define BWD_GROUP 4
-#endif
-#ifndef BWD_ENOUGH
-#define BWD_ENOUGH 12
-#endif
-#ifndef BWD_WANTED
-#define BWD_WANTED 32
-#endif
-constexpr int kGroup = BWD_GROUP;          // tokens whose states and decays fit the registers
-constexpr int kGroups = kTile / kGroup;    // of a tile
-constexpr int kValues = 2 * kStateBlock;   // of dB and dC per token
+// By channels per lane, less one. Fitted to runs on an H200, 2026-11-24, in microseconds: 16
+// states, bfloat16. With two channels per lane B and C are read, and dB and dC summed, half as
+// often; with one, blocks are smaller, and more warps fit.
+constexpr ScanCost kBackwardCost[] = {
+    {/*resident=*/4, /*latency=*/0.187, /*work=*/0.080, /*first_pass=*/0.3},
+    {/*resident=*/3, /*latency=*/0.261, /*work=*/0.1455, /*first_pass=*/0.3}};
+constexpr int kGroup = 4;                 // tokens whose states and decays fit the registers
+constexpr int kGroups = kTile / kGroup;   // of a tile
+constexpr int kValues = 2 * kStateBlock;  // of dB and dC per token
 
 // B and C stand in shared memory in four copies, the states of each quarter in the order i ^ order,
 // order = 0 .. 3: rows of a warp hold their states in different orders, so that halving the states
@@ -85,9 +74,9 @@ __device__ __forceinline__ float sum_over_parts(int part, const float (&x)[4]) {
   return (odd ? pair1 : pair0) + __shfl_xor_sync(kAllLanes, odd ? pair0 : pair1, 1);
 }
 
-/// Sums dB and dC of one token over the 8 rows of a warp, whose lanes hold their states in the order
-/// i ^ (row % 4). A lane receives the sum for state 4 * part + row % 4: dB's where row < 4, else
-/// dC's.
+/// Sums dB and dC of one token over the 8 rows of a warp, whose lanes hold their states in the
+/// order i ^ (row % 4). A lane receives the sum for state 4 * part + row % 4: dB's where row < 4,
+/// else dC's.
 __device__ __forceinline__ float sum_over_rows(int row, const float (&dB)[kStates],
                                                const float (&dC)[kStates]) {
   constexpr int kRow1 = kQuarters, kRow2 = 2 * kQuarters, kRow4 = 4 * kQuarters;  // lane distances
@@ -108,7 +97,7 @@ __host__ __device__ constexpr int planes_per_warp(int state_blocks) {
 }
 
 template <class T, bool kPacked, int kDepth>
-__global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCKS2)
+__global__ void __launch_bounds__(kThreads, kBackwardCost[kDepth - 1].resident)
     backward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums segments,
                     const BackwardSums sums) {
   extern __shared__ float4 shared[];
@@ -190,46 +179,34 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
   for (int begin = place.begin + (tiles - 1) * kTile; begin >= place.begin; begin -= kTile) {
     const TileMarks marks = tile_marks<kPacked>(p, place.b, begin, place.end);
     const int t = begin + part * kTokens;
-    Tokens<T> delta[kDepth], u[kDepth], dout[kDepth], z[kDepth];
-    const auto load_inputs = [&] {  // all in flight together
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        const int c = c0 + d * kRows;
-        delta[d] = load_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, t, end(d));
-        u[d] = load_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, t, end(d));
-        dout[d] = load_tokens<T>(p.dout, plan.vectors & kVectorDout, place.b, c, t, end(d));
-        if (given(p.z)) {
-          z[d] = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end(d));
-        }
-      }
-    };
-    load_inputs();
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int c = c0 + d * kRows;
-      const auto prefetch = [&](const View<3>& v, unsigned bit) {
-        prefetch_tokens<T>(v, plan.vectors & bit, place.b, c, t - kTile, place.begin, end(d));
+    Tokens<T> delta, u, dout, z;
+    const auto load_inputs = [&](int d) {
+      const int b = recomputed(place.b);
+      const int c = recomputed(c0 + d * kRows);
+      const auto load = [&](const View<3>& v, unsigned bit) {
+        return load_tokens<T>(v, plan.vectors & bit, b, c, t, end(d));
       };
-      prefetch(p.delta, kVectorDelta);
-      prefetch(p.u, kVectorU);
-      prefetch(p.dout, kVectorDout);
-      prefetch(p.z, kVectorZ);
-    }
-#pragma unroll
+      delta = load(p.delta, kVectorDelta);
+      u = load(p.u, kVectorU);
+      dout = load(p.dout, kVectorDout);
+      if (given(p.z)) z = load(p.z, kVectorZ);
+    };
+#pragma unroll 1
     for (int d = 0; d < kDepth; ++d) {
+      load_inputs(d);
       float dt[kTokens], x[kTokens];
-      time_steps(delta[d], bias[d], p.delta_softplus, dt);
+      time_steps(delta, pick(bias, d), p.delta_softplus, dt);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = dt[j] * u[d][j];
+      for (int j = 0; j < kTokens; ++j) x[j] = dt[j] * u[j];
       clear_tokens(marks.padding, part, dt);
       clear_tokens(marks.padding, part, x);
       write_plane(steps, row + d * kRows, part, dt);
       write_plane(inputs, row + d * kRows, part, x);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = dout[d][j];
+      for (int j = 0; j < kTokens; ++j) x[j] = dout[j];
       if (given(p.z)) {
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) x[j] *= silu(z[d][j]);
+        for (int j = 0; j < kTokens; ++j) x[j] *= silu(z[j]);
       }
       clear_tokens(marks.padding, part, x);
       write_plane(dys, row + d * kRows, part, x);
@@ -238,8 +215,8 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
     for (int block = 0; block < plan.state_blocks; ++block) {
       const int n = block * kStateBlock + part * kStates;
       MatrixStage<T, 2> stage;
-      stage.load(p.B, plan.vectors & kVectorB, p.C, plan.vectors & kVectorC, place.b, place.group,
-                 p.dstate, begin, place.end, block);
+      stage.load(p.B, plan.vectors & kVectorB, p.C, plan.vectors & kVectorC, recomputed(place.b),
+                 recomputed(place.group), p.dstate, begin, place.end, block);
       if (!one_block) {
         load_rates(block);
 #pragma unroll
@@ -256,8 +233,8 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
           const StateSlot slot(
-              (int64_t{place.b} * chunks + begin / kTile) * p.dim + c0 + d * kRows, n, p.dstate,
-              exists(d));
+              (int64_t{recomputed(place.b)} * chunks + begin / kTile) * p.dim + c0 + d * kRows, n,
+              p.dstate, exists(d));
           slot.load(static_cast<const float*>(p.states), h[d]);
           reorder(order, h[d]);
         }
@@ -266,16 +243,19 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
       load_first_states(first_states);
       __syncthreads();  // all are done with the matrices and sums of the tile before
       stage.store(marks.padding, [&](int token, int n, float x) {
+        // C's copies in another order than B's, so that a warp's 16 + 16 writes miss each other.
+        const int of_C = n / kStateBlock;
 #pragma unroll
         for (int copy = 0; copy < kOrders; ++copy) {
-          reinterpret_cast<float*>(matrix)[token * (4 * kMatrixPitch) + copy * kValues +
-                                           (n ^ copy)] = x;
+          reinterpret_cast<float*>(
+              matrix)[token * (4 * kMatrixPitch) + (of_C * kOrders + (copy ^ of_C)) * kStateBlock +
+                      (n % kStateBlock ^ copy)] = x;
         }
       });
       __syncthreads();
 
-      const float4* const B_row = matrix + order * (2 * kQuarters) + part;
-      const float4* const C_row = B_row + kQuarters;
+      const float4* const B_row = matrix + order * kQuarters + part;
+      const float4* const C_row = matrix + (kOrders + (order ^ 1)) * kQuarters + part;
 
 #pragma unroll 1
       for (int group = 0; group < kGroups - 1; ++group) {
@@ -302,8 +282,7 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
         }
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          group_states[(group * kDepth + d) * kThreads + threadIdx.x] =
-              pack(h[d]);
+          group_states[(group * kDepth + d) * kThreads + threadIdx.x] = pack(h[d]);
         }
       }
 
@@ -341,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
           }
         }
         float* const values = group % 2 == 1 ? odd_values : even_values;
-        float* const own_values = values + warp * kGroup * kValues +
-                                  row / kOrders * kStateBlock + part * kStates + order;
+        float* const own_values =
+            values + warp * kGroup * kValues + row / kOrders * kStateBlock + part * kStates + order;
         float y[kDepth][4], dinput[kDepth][4], dstep[kDepth][4];  // the lane's share
 #pragma unroll
         for (int k = kGroup - 1; k >= 0; --k) {
@@ -414,54 +393,66 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? BWD_BLOCKS : BWD_BLOCK
     }
     __syncwarp();
 
-    load_inputs();  // again: they are in a cache, and the registers were needed
-#pragma unroll
+#pragma unroll 1
     for (int d = 0; d < kDepth; ++d) {
-      const int c = c0 + d * kRows;
+      load_inputs(d);  // again, out of a cache: they did not fit the registers
+      const int b = recomputed(place.b);
+      const int c = recomputed(c0 + d * kRows);
+      const auto store = [&](const View<3>& v, unsigned bit, float(&x)[kTokens]) {
+        clear_tokens(marks.padding, part, x);
+        if (given(v)) store_tokens<T>(v, plan.vectors & bit, b, c, t, end(d), x);
+      };
+      // The next tile of the row, on its way into the cache.
+      const auto prefetch = [&](const View<3>& v, unsigned bit) {
+        prefetch_tokens<T>(v, plan.vectors & bit, b, c, t - kTile, place.begin, end(d));
+      };
+      prefetch(p.delta, kVectorDelta);
+      prefetch(p.u, kVectorU);
+      prefetch(p.dout, kVectorDout);
+      prefetch(p.z, kVectorZ);
       float dy[kTokens], x[kTokens];
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) dy[j] = dout[d][j];
+      for (int j = 0; j < kTokens; ++j) dy[j] = dout[j];
       if (given(p.z)) {
         float y[kTokens];
         read_plane(totals, row + d * kRows, part, y);
 #pragma unroll
         for (int j = 0; j < kTokens; ++j) {
-          const float s = sigmoid(z[d][j]);
-          x[j] = dy[j] * fmaf(D[d], u[d][j], y[j]) * (s * fmaf(z[d][j], 1 - s, 1.0f));
-          dy[j] *= z[d][j] * s;
+          const float s = sigmoid(z[j]);
+          x[j] = dy[j] * fmaf(pick(D, d), u[j], y[j]) * (s * fmaf(z[j], 1 - s, 1.0f));
+          dy[j] *= z[j] * s;
         }
-        clear_tokens(marks.padding, part, x);
-        if (given(p.dz)) {
-          store_tokens<T>(p.dz, plan.vectors & kVectorDz, place.b, c, t, end(d), x);
-        }
+        store(p.dz, kVectorDz, x);
       }
       float dt[kTokens], dinput[kTokens];
       read_plane(totals + kPlaneSize, row + d * kRows, part, dinput);
-      time_steps(delta[d], bias[d], p.delta_softplus, dt);
+      time_steps(delta, pick(bias, d), p.delta_softplus, dt);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = fmaf(dt[j], dinput[j], D[d] * dy[j]);
-      clear_tokens(marks.padding, part, x);
-      if (given(p.du)) {
-        store_tokens<T>(p.du, plan.vectors & kVectorDu, place.b, c, t, end(d), x);
-      }
+      for (int j = 0; j < kTokens; ++j) x[j] = fmaf(dt[j], dinput[j], pick(D, d) * dy[j]);
+      store(p.du, kVectorDu, x);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) dy[j] *= u[d][j];
+      for (int j = 0; j < kTokens; ++j) dy[j] *= u[j];
       clear_tokens(marks.padding, part, dy);
       read_plane(totals + 2 * kPlaneSize, row + d * kRows, part, x);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = fmaf(u[d][j], dinput[j], kLn2 * x[j]);
+      for (int j = 0; j < kTokens; ++j) x[j] = fmaf(u[j], dinput[j], kLn2 * x[j]);
       if (p.delta_softplus) {
 #pragma unroll
-        for (int j = 0; j < kTokens; ++j) x[j] *= softplus_gradient(delta[d][j] + bias[d]);
+        for (int j = 0; j < kTokens; ++j) x[j] *= softplus_gradient(delta[j] + pick(bias, d));
       }
-      clear_tokens(marks.padding, part, x);
-      if (given(p.ddelta)) {
-        store_tokens<T>(p.ddelta, plan.vectors & kVectorDdelta, place.b, c, t, end(d), x);
-      }
+      store(p.ddelta, kVectorDdelta, x);
+      float dD_part = 0, ddelta_bias_part = 0;
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
-        dD[d] += dy[j];
-        ddelta_bias[d] += x[j];
+        dD_part += dy[j];
+        ddelta_bias_part += x[j];
+      }
+#pragma unroll
+      for (int e = 0; e < kDepth; ++e) {
+        if (e == d) {
+          dD[e] += dD_part;
+          ddelta_bias[e] += ddelta_bias_part;
+        }
       }
     }
     __syncwarp();
@@ -508,10 +499,10 @@ constexpr int kFlush = 4;  // tokens whose dB and dC are summed over the warps o
 /// A unit is a run of channels that share their groups of B and C. A block owns a tile of a unit:
 /// `sets` times as many channels as its warps hold, one set after the other.
 struct GenericPlan {
-  int lanes;     // of a channel
-  int64_t unit;  // channels
+  int lanes;      // of a channel
+  int64_t unit;   // channels
   int64_t tiles;  // per unit
-  int64_t sets;  // per tile
+  int64_t sets;   // per tile
 };
 
 /// Partial sums and carried values in the workspace.
@@ -575,7 +566,7 @@ __global__ void __launch_bounds__(kGenericWarps* kWarpSize)
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       const int64_t begin = chunk * kTile;
       const int64_t t = begin + lane;
-      const uint8_t mark = t >= p.seqlen          ? uint8_t{kPadding}
+      const uint8_t mark = t >= p.seqlen        ? uint8_t{kPadding}
                            : p.marks != nullptr ? p.marks[b * p.seqlen + t]
                                                 : uint8_t{kContinue};
       const unsigned resets = __ballot_sync(kAllLanes, mark == kReset);
@@ -606,8 +597,7 @@ __global__ void __launch_bounds__(kGenericWarps* kWarpSize)
         h[0] = N{};
         if (owns) {
           A = load_number<N>(p.A, c * p.A.stride[0] + n * p.A.stride[1]);
-          h[0] = static_cast<const N*>(
-              p.states)[((b * chunks + chunk) * p.dim + c) * p.dstate + n];
+          h[0] = static_cast<const N*>(p.states)[((b * chunks + chunk) * p.dim + c) * p.dstate + n];
           carry = sums.carry[state_row + n];
           dA = sums.dA[state_row + n];
           if (p.constant_B) dB_sum = sums.dB[state_row + n];
@@ -676,8 +666,7 @@ __global__ void __launch_bounds__(kGenericWarps* kWarpSize)
             }
             N sum{};
             for (int w = 0; w < kGenericWarps; ++w) sum = sum + values[w][k][which][i % lanes];
-            N& target =
-                (which == 0 ? sums.dB : sums.dC)[(partial_row + t_out) * p.dstate + n_out];
+            N& target = (which == 0 ? sums.dB : sums.dC)[(partial_row + t_out) * p.dstate + n_out];
             target = set == 0 ? sum : target + sum;
           }
           __syncthreads();
@@ -743,38 +732,77 @@ __global__ void __launch_bounds__(kGenericWarps* kWarpSize)
 constexpr int kReduceThreads = 256;
 
 /// dB or dC per time: out[b, g, n, t] = sum over the group's tiles of partial[b, g * tiles + tile,
-/// t, n]. A block owns 32 tokens by up to 32 states. Complex numbers are pairs of reals.
+/// t, n]. Complex numbers are pairs of reals.
 template <class Acc>
+struct MatrixSum {
+  View<4> out;
+  const Acc* partial;
+  int64_t groups, tiles;
+};
+
+template <class Acc>
+struct MatrixSums {
+  MatrixSum<Acc> sum[2];
+  int count = 0;
+  int64_t max_groups = 0;
+
+  void add(const View<4>& out, const void* partial, int64_t groups, int64_t tiles) {
+    if (!given(out) || groups == 0) return;
+    sum[count++] = {out, static_cast<const Acc*>(partial), groups, tiles};
+    max_groups = std::max(max_groups, groups);
+  }
+};
+
+/// A block owns 32 tokens by up to 32 states of one group, a thread kVec neighboring states.
+template <class Acc, int kVec>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_matrix(const View<4> out, const Acc* partial, int64_t groups, int64_t tiles,
-                  int64_t seqlen, int64_t dstate, int reals) {
-  __shared__ Acc sums[kWarpSize][kWarpSize + 1];  // (state, token)
+    reduce_matrices(const MatrixSums<Acc> sums, int64_t seqlen, int64_t dstate, int reals) {
+  struct alignas(16) Vec {
+    Acc x[kVec];
+  };
+  __shared__ Acc totals[kWarpSize][kWarpSize + 1];  // (state, token)
+  const MatrixSum<Acc>& s = sums.sum[blockIdx.y];
   const int64_t width = dstate * reals;
   const int64_t t_blocks = ceil_div(seqlen, kWarpSize);
   const int64_t n_blocks = ceil_div(width, kWarpSize);
   const int64_t t0 = blockIdx.x % t_blocks * kWarpSize;
   const int64_t n0 = blockIdx.x / t_blocks % n_blocks * kWarpSize;
-  const int64_t group = blockIdx.x / t_blocks / n_blocks;  // b * groups + g
+  const int64_t group = blockIdx.x / t_blocks / n_blocks % sums.max_groups;
+  const int64_t b = blockIdx.x / t_blocks / n_blocks / sums.max_groups;
+  if (group >= s.groups) return;
   const int t_count = static_cast<int>(min(seqlen - t0, int64_t{kWarpSize}));
   const int n_count = static_cast<int>(min(width - n0, int64_t{kWarpSize}));
-  for (int i = threadIdx.x; i < t_count * n_count; i += kReduceThreads) {
-    const int t = i / n_count;
-    const int n = i % n_count;
-    const Acc* source = partial + (group * tiles * seqlen + t0 + t) * width + n0 + n;
-    Acc sum = 0;
+  for (int i = threadIdx.x; i < t_count * n_count / kVec; i += kReduceThreads) {
+    const int t = i * kVec / n_count;
+    const int n = i * kVec % n_count;
+    const Acc* source =
+        s.partial + ((b * s.groups + group) * s.tiles * seqlen + t0 + t) * width + n0 + n;
+    Acc total[kVec] = {};
 #pragma unroll 8
-    for (int64_t tile = 0; tile < tiles; ++tile) sum += source[tile * seqlen * width];
-    sums[n][t] = sum;
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      Vec v;
+      if constexpr (kVec == 1) {
+        v.x[0] = *source;
+      } else {
+        v = *reinterpret_cast<const Vec*>(source);
+      }
+      source += seqlen * width;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) total[e] += v.x[e];
+    }
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) totals[n + e][t] = total[e];
   }
   __syncthreads();
-  const int64_t base = group / groups * out.stride[0] + group % groups * out.stride[1];
+  const int64_t base = b * s.out.stride[0] + group * s.out.stride[1];
   for (int i = threadIdx.x; i < n_count * kWarpSize; i += kReduceThreads) {
     const int t = i % kWarpSize;
     if (t >= t_count) continue;
     const int64_t n = n0 + i / kWarpSize;
-    store_as(out.data, out.dtype,
-             base + n / reals * out.stride[2] + (t0 + t) * out.stride[3] + n % reals * out.imag,
-             sums[i / kWarpSize][t]);
+    store_as(
+        s.out.data, s.out.dtype,
+        base + n / reals * s.out.stride[2] + (t0 + t) * s.out.stride[3] + n % reals * s.out.imag,
+        totals[i / kWarpSize][t]);
   }
 }
 
@@ -822,14 +850,17 @@ __global__ void __launch_bounds__(kReduceThreads)
 }
 
 template <class Acc>
-void launch_reduce_matrix(const View<4>& out, const void* partial, const SelectiveScanParams& p,
-                          int64_t groups, int64_t tiles, cudaStream_t stream) {
+void launch_reduce_matrices(const MatrixSums<Acc>& sums, const SelectiveScanParams& p,
+                            cudaStream_t stream) {
+  constexpr int kVec = 16 / sizeof(Acc);
   const int reals = p.complex_A ? 2 : 1;
-  const int64_t blocks = p.batch * groups * ceil_div(p.seqlen, kWarpSize) *
-                         ceil_div(p.dstate * reals, kWarpSize);
-  if (!given(out) || blocks == 0) return;
-  reduce_matrix<Acc><<<static_cast<unsigned>(blocks), kReduceThreads, 0, stream>>>(
-      out, static_cast<const Acc*>(partial), groups, tiles, p.seqlen, p.dstate, reals);
+  const int64_t width = p.dstate * reals;
+  const int64_t count =
+      p.batch * sums.max_groups * ceil_div(p.seqlen, kWarpSize) * ceil_div(width, kWarpSize);
+  if (count == 0) return;
+  const dim3 blocks(static_cast<unsigned>(count), sums.count);
+  const auto kernel = width % kVec == 0 ? reduce_matrices<Acc, kVec> : reduce_matrices<Acc, 1>;
+  kernel<<<blocks, kReduceThreads, 0, stream>>>(sums, p.seqlen, p.dstate, reals);
 }
 
 template <class Acc>
@@ -851,13 +882,16 @@ struct SharedBackward {
   size_t workspace_size;
 
   SharedBackward(const SelectiveScanParams& p, void* base) {
-    plan = plan_scan(p, kDepth, BWD_ENOUGH, BWD_WANTED);
+    const size_t shared =
+        sizeof(float4) * (kTile * kMatrixPitch + (kGroups - 1) * kDepth * kThreads) +
+        sizeof(float) * kWarps *
+            (kGroup * kValues + planes_per_warp(state_blocks(p)) * plane_size(kDepth));
+    plan = plan_scan(p, kWarps * kDepth * kRows, kBackwardCost[kDepth - 1], shared);
     plan.vectors = vector_bit<T>(p.u, kVectorU) | vector_bit<T>(p.delta, kVectorDelta) |
                    vector_bit<T>(p.z, kVectorZ) | vector_bit<T>(p.dout, kVectorDout) |
                    vector_bit<T>(p.du, kVectorDu) | vector_bit<T>(p.ddelta, kVectorDdelta) |
                    vector_bit<T>(p.dz, kVectorDz) | vector_bit<T>(p.B, kVectorB) |
                    vector_bit<T>(p.C, kVectorC);
-    if (!given(p.z)) plan.vectors &= ~kVectorZ;
     Workspace workspace(base);
     segments = take_segment_sums(workspace, p, plan);
     const int64_t tokens = p.batch * plan.groups * plan.tiles * p.seqlen;
@@ -871,19 +905,16 @@ struct SharedBackward {
     workspace_size = workspace.size();
   }
 
-  size_t shared_size() const {
-    return sizeof(float4) * (kTile * kMatrixPitch + (kGroups - 1) * kDepth * kThreads) +
-           sizeof(float) * kWarps *
-               (kGroup * kValues + planes_per_warp(plan.state_blocks) * plane_size(kDepth));
-  }
-
   void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
     if (plan.segments > 1) launch_segments<T, true>(p, plan, segments, stream);
     const int64_t blocks = p.batch * plan.segments * plan.groups * plan.tiles;
-    launch_shared(p.marks != nullptr ? backward_shared<T, true, kDepth> : backward_shared<T, false, kDepth>, blocks,
-                  kThreads, shared_size(), stream, p, plan, segments, sums);
-    launch_reduce_matrix<float>(p.dB, sums.dB, p, plan.groups, plan.tiles, stream);
-    launch_reduce_matrix<float>(p.dC, sums.dC, p, plan.groups, plan.tiles, stream);
+    launch_shared(
+        p.marks != nullptr ? backward_shared<T, true, kDepth> : backward_shared<T, false, kDepth>,
+        blocks, kThreads, plan.shared, stream, p, plan, segments, sums);
+    MatrixSums<float> matrices;
+    matrices.add(p.dB, sums.dB, plan.groups, plan.tiles);
+    matrices.add(p.dC, sums.dC, plan.groups, plan.tiles);
+    launch_reduce_matrices(matrices, p, stream);
     ParameterSums<float> parameters;
     parameters.add(p.dA, sums.dA, p.dstate, 1);
     parameters.add(p.dD, sums.dD);
@@ -942,15 +973,17 @@ struct GenericBackward {
     parameters.add(p.dA, sums.dA, p.dstate, reals);
     parameters.add(p.dD, sums.dD);
     parameters.add(p.ddelta_bias, sums.ddelta_bias);
+    MatrixSums<Acc> matrices;
     const auto reduce = [&](const View<4>& out, const N* partial, bool constant, int64_t groups) {
       if (constant) {
         parameters.add_constant(out, partial, p.dstate, reals);
       } else if (groups > 0) {
-        launch_reduce_matrix<Acc>(out, partial, p, groups, units * plan.tiles / groups, stream);
+        matrices.add(out, partial, groups, units * plan.tiles / groups);
       }
     };
     reduce(p.dB, sums.dB, p.constant_B, p.groups_B);
     reduce(p.dC, sums.dC, p.constant_C, p.groups_C);
+    launch_reduce_matrices(matrices, p, stream);
     launch_reduce_parameters(parameters, p, p.batch, stream);
   }
 };
@@ -960,10 +993,10 @@ template <class T, class F>
 auto with_backward(const SelectiveScanParams& p, void* workspace, F f) {
   if constexpr (sizeof(T) <= 4) {
     if (takes_shared_path<T>(p)) {
-      if (row_warps(p, 2) >= int64_t{BWD_DEEP} * multiprocessor_count()) {
-        return f(SharedBackward<T, 2>(p, workspace));
-      }
-      return f(SharedBackward<T, 1>(p, workspace));
+      const SharedBackward<T, 1> one(p, workspace);
+      const SharedBackward<T, 2> two(p, workspace);
+      if (two.plan.time < one.plan.time) return f(two);
+      if (one.plan.fits()) return f(one);
     }
   }
   if (p.complex_A) return f(GenericBackward<T, true>(p, workspace));
@@ -974,8 +1007,7 @@ auto with_backward(const SelectiveScanParams& p, void* workspace, F f) {
 
 template <class T>
 size_t workspace_selective_scan_bwd(const SelectiveScanParams& p) {
-  return with_backward<T>(p, nullptr,
-                          [](const auto& backward) { return backward.workspace_size; });
+  return with_backward<T>(p, nullptr, [](const auto& backward) { return backward.workspace_size; });
 }
 
 template <class T>

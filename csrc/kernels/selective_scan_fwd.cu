@@ -1,30 +1,19 @@
 // Selective scan, forward.
 //
 // Shared path (selective_scan.cuh): a block walks its channels tile by tile. Per tile: dt and dt u
-// of each token once; the recurrence, 4 states per lane, each lane leaving its share of y in a plane
-// of its own; then y as the sum of the four planes, D u, the gate. B and C of the next tile and the
-// tokens of the next tile are on their way meanwhile.
+// of each token once; the recurrence, 4 states per lane, each lane leaving its share of y in a
+// plane of its own; then y as the sum of the four planes, D u, the gate. B and C of the next tile
+// and the tokens of the next tile are on their way meanwhile.
+#pragma nv_diag_suppress 177  // float64 has no use for the shared path
 #include "launch.cuh"
 #include "selective_scan.cuh"
 
 namespace mamba_ssm::kernels {
 namespace {
 
-#ifndef FWD_DEEP
-#define FWD_DEEP 12
-#endif
-#ifndef FWD_BLOCKS1
-#define FWD_BLOCKS1 4
-#endif
-#ifndef FWD_BLOCKS
-#define FWD_BLOCKS 4
-#endif
-#ifndef FWD_ENOUGH
-#define FWD_ENOUGH 6
-#endif
-#ifndef FWD_WANTED
-#define FWD_WANTED 16
-#endif
+// Fitted to runs on an H200, 2026-11-24, in microseconds: 16 states, bfloat16.
+constexpr ScanCost kForwardCost = {/*resident=*/3, /*latency=*/0.033, /*work=*/0.0247,
+                                   /*first_pass=*/1.2};
 constexpr int kMatrixPitch = 2 * kQuarters + 1;  // float4 per token of B and C: no bank conflicts
 
 /// Planes of a warp: dt, dt u and the four shares of y. With one state block, dt and dt u are dead
@@ -33,72 +22,54 @@ __host__ __device__ constexpr int planes_per_warp(int state_blocks) {
   return state_blocks == 1 ? kQuarters : kQuarters + 2;
 }
 
-template <class T, bool kPacked, int kDepth>
-__global__ void __launch_bounds__(kThreads, kDepth == 1 ? FWD_BLOCKS1 : FWD_BLOCKS)
+template <class T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kForwardCost.resident)
     forward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums sums) {
   extern __shared__ float4 shared[];
-  constexpr int kPlaneSize = plane_size(kDepth);
+  constexpr int kPlane = plane_size(1);
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / kQuarters;
   const int part = lane % kQuarters;  // quarter of a state block, or 8 tokens of a tile
-  float4* const matrices = shared;                             // (2, kTile, kMatrixPitch)
-  float4* const states = matrices + 2 * kTile * kMatrixPitch;  // (state_blocks, kDepth, threads)
-  float4* const rates = states + plan.state_blocks * kDepth * kThreads;  // likewise
-  float* const steps =
-      reinterpret_cast<float*>(rates + plan.state_blocks * kDepth * kThreads) +
-      warp * planes_per_warp(plan.state_blocks) * kPlaneSize;                   // dt
-  float* const inputs = steps + kPlaneSize;                                     // dt u
-  float* const shares = plan.state_blocks == 1 ? steps : inputs + kPlaneSize;   // (kQuarters) of y
+  float4* const matrices = shared;    // (2, kTile, kMatrixPitch)
+  float4* const states = matrices + 2 * kTile * kMatrixPitch;   // (state_blocks, threads)
+  float4* const rates = states + plan.state_blocks * kThreads;  // (state_blocks, threads)
+  float* const steps = reinterpret_cast<float*>(rates + plan.state_blocks * kThreads) +
+                       warp * planes_per_warp(plan.state_blocks) * kPlane;  // dt
+  float* const inputs = steps + kPlane;                                     // dt u
+  float* const shares = plan.state_blocks == 1 ? steps : inputs + kPlane;   // (kQuarters) of y
 
-  const ScanPlace place = scan_place(p, plan, kWarps * kDepth * kRows, 0, plan.segments);
-  const int c0 = place.channel + warp * (kDepth * kRows) + row;  // and c0 + kRows
-  const auto exists = [&](int d) { return c0 + d * kRows < place.channel_end; };
-  const auto end = [&](int d) { return exists(d) ? place.end : 0; };  // no channel, no tokens
-  float bias[kDepth], D[kDepth];
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) {
-    bias[d] = exists(d) ? parameter<float>(p.delta_bias, c0 + d * kRows) : 0.0f;
-    D[d] = exists(d) ? parameter<float>(p.D, c0 + d * kRows) : 0.0f;
-  }
-  const auto slot_index = [&](int block, int d) {
-    return (block * kDepth + d) * kThreads + threadIdx.x;
-  };
+  const ScanPlace place = scan_place(p, plan, kWarps * kRows, 0, plan.segments);
+  const int c = place.channel + warp * kRows + row;
+  const bool exists = c < place.channel_end;
+  const int end = exists ? place.end : 0;  // a channel that does not exist has no tokens
+  const float bias = exists ? parameter<float>(p.delta_bias, c) : 0.0f;
+  const float D = exists ? parameter<float>(p.D, c) : 0.0f;
 
   for (int block = 0; block < plan.state_blocks; ++block) {
     const int n = block * kStateBlock + part * kStates;
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int c = c0 + d * kRows;
-      const int count = StateSlot(0, n, p.dstate, exists(d)).count;
-      float rate[kStates], h[kStates];
-      load_decay_rates(p.A, c, n, count, rate);
-      load_states(p.initial_state, place.b, c, n, count, h);
-      if (count > 0) {
-        pass_segments(sums, place.segment_row - place.segment, 1, place.segment, p.dim, p.dstate, c,
-                      n, rate, h);
-      }
-      rates[slot_index(block, d)] = pack(rate);
-      states[slot_index(block, d)] = pack(h);
+    const int count = StateSlot(0, n, p.dstate, exists).count;
+    float rate[kStates], h[kStates];
+    load_decay_rates(p.A, c, n, count, rate);
+    load_states(p.initial_state, place.b, c, n, count, h);
+    if (count > 0) {
+      pass_segments(sums, place.segment_row - place.segment, 1, place.segment, p.dim, p.dstate, c,
+                    n, rate, h);
     }
+    rates[block * kThreads + threadIdx.x] = pack(rate);
+    states[block * kThreads + threadIdx.x] = pack(h);
   }
 
-  Tokens<T> u[kDepth], delta[kDepth], z[kDepth];
+  Tokens<T> u, delta, z;
   const auto load_inputs = [&](int begin) {
     const int t = begin + part * kTokens;
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      const int c = c0 + d * kRows;
-      u[d] = load_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, t, end(d));
-      delta[d] = load_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, t, end(d));
-      if (given(p.z)) {
-        z[d] = load_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, t, end(d));
-      }
-      const int next = t + kTile;
-      prefetch_tokens<T>(p.u, plan.vectors & kVectorU, place.b, c, next, 0, end(d));
-      prefetch_tokens<T>(p.delta, plan.vectors & kVectorDelta, place.b, c, next, 0, end(d));
-      prefetch_tokens<T>(p.z, plan.vectors & kVectorZ, place.b, c, next, 0, end(d));
-    }
+    const auto load = [&](const View<3>& v, unsigned bit) {
+      prefetch_tokens<T>(v, plan.vectors & bit, place.b, c, t + kTile, 0, end);
+      return load_tokens<T>(v, plan.vectors & bit, place.b, c, t, end);
+    };
+    u = load(p.u, kVectorU);
+    delta = load(p.delta, kVectorDelta);
+    if (given(p.z)) z = load(p.z, kVectorZ);
   };
   MatrixStage<T, 2> stage;
   const auto load_matrices = [&](int begin, int block) {
@@ -111,159 +82,122 @@ __global__ void __launch_bounds__(kThreads, kDepth == 1 ? FWD_BLOCKS1 : FWD_BLOC
   int buffer = 0;
   for (int begin = place.begin; begin < place.end; begin += kTile) {
     const TileMarks marks = tile_marks<kPacked>(p, place.b, begin, place.end);
+    float dt[kTokens], x[kTokens];
+    time_steps(delta, bias, p.delta_softplus, dt);
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      float dt[kTokens], x[kTokens];
-      time_steps(delta[d], bias[d], p.delta_softplus, dt);
-#pragma unroll
-      for (int j = 0; j < kTokens; ++j) x[j] = dt[j] * u[d][j];
-      clear_tokens(marks.padding, part, dt);
-      clear_tokens(marks.padding, part, x);
-      write_plane(steps, row + d * kRows, part, dt);
-      write_plane(inputs, row + d * kRows, part, x);
-    }
+    for (int j = 0; j < kTokens; ++j) x[j] = dt[j] * u[j];
+    clear_tokens(marks.padding, part, dt);
+    clear_tokens(marks.padding, part, x);
+    write_plane(steps, row, part, dt);
+    write_plane(inputs, row, part, x);
 
     for (int block = 0; block < plan.state_blocks; ++block) {
       float4* const matrix = matrices + buffer * kTile * kMatrixPitch;
       buffer ^= 1;
-      stage.store(marks.padding, [&](int token, int n, float x) {
-        reinterpret_cast<float*>(matrix)[token * (4 * kMatrixPitch) + n] = x;
+      stage.store(marks.padding, [&](int token, int n, float value) {
+        reinterpret_cast<float*>(matrix)[token * (4 * kMatrixPitch) + n] = value;
       });
       __syncthreads();  // a buffer is written again two barriers after its last reader passed one
       const bool last = block + 1 == plan.state_blocks;
       load_matrices(last ? begin + kTile : begin, last ? 0 : block + 1);
 
-      float rate[kDepth][kStates], h[kDepth][kStates];
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        unpack(rates[slot_index(block, d)], rate[d]);
-        unpack(states[slot_index(block, d)], h[d]);
-      }
+      float rate[kStates], h[kStates];
+      unpack(rates[block * kThreads + threadIdx.x], rate);
+      unpack(states[block * kThreads + threadIdx.x], h);
       if (p.states != nullptr) {
         const int chunks = (static_cast<int>(p.seqlen) + kTile - 1) / kTile;
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          const StateSlot slot(
-              (int64_t{place.b} * chunks + begin / kTile) * p.dim + c0 + d * kRows,
-              block * kStateBlock + part * kStates, p.dstate, exists(d));
-          slot.store(static_cast<float*>(p.states), h[d]);
-        }
+        const StateSlot slot((int64_t{place.b} * chunks + begin / kTile) * p.dim + c,
+                             block * kStateBlock + part * kStates, p.dstate, exists);
+        slot.store(static_cast<float*>(p.states), h);
       }
 
       // Decays and inputs of the next kAhead tokens are computed beside the recurrence over those
       // at hand, whose chain of dependent instructions would leave the units idle.
-      constexpr int kAhead = 4 / kDepth;
+      constexpr int kAhead = 4;
       struct Stage {
-        float a[kAhead][kDepth][kStates];  // decays
-        float b[kAhead][kDepth][kStates];  // dt u B
+        float a[kAhead][kStates];  // decays
+        float b[kAhead][kStates];  // dt u B
       };
       const auto prepare = [&](int t, Stage& next) {
-        float step[kDepth][kAhead], input[kDepth][kAhead];
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          read_tokens(steps, row + d * kRows, t, step[d]);
-          read_tokens(inputs, row + d * kRows, t, input[d]);
-        }
+        float step[kAhead], input[kAhead];
+        unpack(plane_row(steps, row)[t / 4], step);
+        unpack(plane_row(inputs, row)[t / 4], input);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           float B[kStates];
           unpack(matrix[(t + k) * kMatrixPitch + part], B);
 #pragma unroll
-          for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-            for (int s = 0; s < kStates; ++s) {
-              next.a[k][d][s] = fast_exp2(step[d][k] * rate[d][s]);
-              next.b[k][d][s] = input[d][k] * B[s];
-            }
+          for (int s = 0; s < kStates; ++s) {
+            next.a[k][s] = fast_exp2(step[k] * rate[s]);
+            next.b[k][s] = input[k] * B[s];
           }
         }
       };
-      const auto consume = [&](int t, const Stage& stage, float(&y)[kDepth][kAhead]) {
+      float4* const share_row = plane_row(shares + part * kPlane, row);
+      const auto consume = [&](int t, const Stage& now, float(&y)[kAhead]) {
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-          for (int k = 0; k < kAhead; ++k) y[d][k] = 0;
-          if (block > 0) read_tokens(shares + part * kPlaneSize, row + d * kRows, t, y[d]);
-        }
+        for (int k = 0; k < kAhead; ++k) y[k] = 0;
+        if (block > 0) unpack(share_row[t / 4], y);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           float C[kStates];
           unpack(matrix[(t + k) * kMatrixPitch + kQuarters + part], C);
           const bool reset = kPacked && (marks.resets >> (t + k) & 1);
 #pragma unroll
-          for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-            for (int s = 0; s < kStates; ++s) {
-              h[d][s] = fmaf(stage.a[k][d][s], reset ? 0.0f : h[d][s], stage.b[k][d][s]);
-              y[d][k] = fmaf(C[s], h[d][s], y[d][k]);
-            }
+          for (int s = 0; s < kStates; ++s) {
+            h[s] = fmaf(now.a[k][s], reset ? 0.0f : h[s], now.b[k][s]);
+            y[k] = fmaf(C[s], h[s], y[k]);
           }
         }
       };
       Stage even, odd;
       const auto walk = [&](int t, auto is_last) {
-        float y[2][kDepth][kAhead];
+        float y[2][kAhead];
         prepare(t + kAhead, odd);
         consume(t, even, y[0]);
         if constexpr (!decltype(is_last)::value) prepare(t + 2 * kAhead, even);
         consume(t + kAhead, odd, y[1]);
-        __syncwarp();  // all lanes of the row have read dt and dt u of these tokens
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          write_tokens(shares + part * kPlaneSize, row + d * kRows, t, y[0][d]);
-          write_tokens(shares + part * kPlaneSize, row + d * kRows, t + kAhead, y[1][d]);
-        }
+        __syncwarp();  // all lanes of the row have read dt and dt u of the tokens written here
+        share_row[t / 4] = pack(y[0]);
+        share_row[t / 4 + 1] = pack(y[1]);
       };
       prepare(0, even);
 #pragma unroll 1
       for (int t = 0; t < kTile - 2 * kAhead; t += 2 * kAhead) walk(t, std::false_type{});
       walk(kTile - 2 * kAhead, std::true_type{});
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        states[slot_index(block, d)] = pack(h[d]);
-      }
+      states[block * kThreads + threadIdx.x] = pack(h);
     }
     __syncwarp();
 
-    Tokens<T> tile_u[kDepth], tile_z[kDepth];
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      tile_u[d] = u[d];
-      tile_z[d] = z[d];
-    }
+    const Tokens<T> tile_u = u;
+    const Tokens<T> tile_z = z;
     if (begin + kTile < place.end) load_inputs(begin + kTile);
+    float y[kTokens];
+    read_plane(shares, row, part, y);
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      float y[kTokens];
-      read_plane(shares, row + d * kRows, part, y);
+    for (int quarter = 1; quarter < kQuarters; ++quarter) {
+      float share[kTokens];
+      read_plane(shares + quarter * kPlane, row, part, share);
 #pragma unroll
-      for (int quarter = 1; quarter < kQuarters; ++quarter) {
-        float share[kTokens];
-        read_plane(shares + quarter * kPlaneSize, row + d * kRows, part, share);
-#pragma unroll
-        for (int j = 0; j < kTokens; ++j) y[j] += share[j];
-      }
-#pragma unroll
-      for (int j = 0; j < kTokens; ++j) y[j] = fmaf(D[d], tile_u[d][j], y[j]);
-      if (given(p.z)) {
-#pragma unroll
-        for (int j = 0; j < kTokens; ++j) y[j] *= silu(tile_z[d][j]);
-      }
-      clear_tokens(marks.padding, part, y);
-      store_tokens<T>(p.out, plan.vectors & kVectorOut, place.b, c0 + d * kRows,
-                      begin + part * kTokens, end(d), y);
+      for (int j = 0; j < kTokens; ++j) y[j] += share[j];
     }
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) y[j] = fmaf(D, tile_u[j], y[j]);
+    if (given(p.z)) {
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) y[j] *= silu(tile_z[j]);
+    }
+    clear_tokens(marks.padding, part, y);
+    store_tokens<T>(p.out, plan.vectors & kVectorOut, place.b, c, begin + part * kTokens, end, y);
     __syncwarp();
   }
 
   if (place.segment + 1 < plan.segments) return;
-#pragma unroll 1
-  for (int i = 0; i < plan.state_blocks * kDepth; ++i) {
-    const int n = i / kDepth * kStateBlock + part * kStates;
-    const int c = c0 + i % kDepth * kRows;
-    const StateSlot slot(0, n, p.dstate, c < place.channel_end);
+  for (int block = 0; block < plan.state_blocks; ++block) {
+    const int n = block * kStateBlock + part * kStates;
+    const StateSlot slot(0, n, p.dstate, exists);
     store_states(p.last_state, place.b, c, n, slot.count,
-                 reinterpret_cast<const float*>(states + slot_index(i / kDepth, i % kDepth)));
+                 reinterpret_cast<const float*>(states + block * kThreads + threadIdx.x));
   }
 }
 
@@ -295,15 +229,14 @@ __global__ void __launch_bounds__(kGenericWarps* kWarpSize)
 
   for (int64_t n = lane % lanes; exists && n < p.dstate; n += lanes) {
     const View<3>& v = p.initial_state;
-    const N h = given(v) ? load_number<N>(
-                               v, b * v.stride[0] + c * v.stride[1] + n * v.stride[2])
-                         : N{};
+    const N h =
+        given(v) ? load_number<N>(v, b * v.stride[0] + c * v.stride[1] + n * v.stride[2]) : N{};
     store_number(p.last_state, last_at(n), h);
   }
   const int64_t chunks = ceil_div(p.seqlen, kTile);
   for (int64_t begin = 0; begin < p.seqlen; begin += kTile) {
     const int64_t t = begin + lane;
-    const uint8_t mark = t >= p.seqlen           ? uint8_t{kPadding}
+    const uint8_t mark = t >= p.seqlen        ? uint8_t{kPadding}
                          : p.marks != nullptr ? p.marks[b * p.seqlen + t]
                                               : uint8_t{kContinue};
     const unsigned resets = __ballot_sync(kAllLanes, mark == kReset);
@@ -330,8 +263,7 @@ __global__ void __launch_bounds__(kGenericWarps* kWarpSize)
         A = load_number<N>(p.A, c * p.A.stride[0] + n * p.A.stride[1]);
         h = load_number<N>(p.last_state, last_at(n));
         if (p.states != nullptr) {
-          static_cast<N*>(
-              p.states)[((b * chunks + begin / kTile) * p.dim + c) * p.dstate + n] = h;
+          static_cast<N*>(p.states)[((b * chunks + begin / kTile) * p.dim + c) * p.dstate + n] = h;
         }
       }
       for (int j = 0; j < kTile && begin + j < p.seqlen; ++j) {
@@ -363,80 +295,72 @@ __global__ void __launch_bounds__(kGenericWarps* kWarpSize)
 }
 
 template <class T>
-void launch_generic(const SelectiveScanParams& p, cudaStream_t stream) {
-  const int lanes = generic_lanes(p.dstate);
-  const int64_t warps = p.batch * ceil_div(p.dim, kWarpSize / lanes);
-  const auto blocks = static_cast<unsigned>(ceil_div(warps, kGenericWarps));
-  const auto kernel = p.complex_A ? forward_generic<T, true> : forward_generic<T, false>;
-  kernel<<<blocks, kGenericWarps * kWarpSize, 0, stream>>>(p, lanes);
-}
-
-template <class T, int kDepth>
 struct SharedForward {
   ScanPlan plan;
   SegmentSums sums;
   size_t workspace_size;
 
   SharedForward(const SelectiveScanParams& p, void* base) {
-    plan = plan_scan(p, kDepth, FWD_ENOUGH, FWD_WANTED);
+    const size_t shared =
+        sizeof(float4) * (2 * kTile * kMatrixPitch + 2 * state_blocks(p) * kThreads) +
+        sizeof(float) * kWarps * planes_per_warp(state_blocks(p)) * plane_size(1);
+    plan = plan_scan(p, kWarps * kRows, kForwardCost, shared);
     plan.vectors = vector_bit<T>(p.u, kVectorU) | vector_bit<T>(p.delta, kVectorDelta) |
                    vector_bit<T>(p.z, kVectorZ) | vector_bit<T>(p.out, kVectorOut) |
                    vector_bit<T>(p.B, kVectorB) | vector_bit<T>(p.C, kVectorC);
-    if (!given(p.z)) plan.vectors &= ~kVectorZ;
     Workspace workspace(base);
     sums = take_segment_sums(workspace, p, plan);
     workspace_size = workspace.size();
   }
 
-  size_t shared_size() const {
-    return sizeof(float4) * (2 * kTile * kMatrixPitch + 2 * plan.state_blocks * kDepth * kThreads) +
-           sizeof(float) * kWarps * planes_per_warp(plan.state_blocks) * plane_size(kDepth);
-  }
-
   void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
     if (plan.segments > 1) launch_segments<T, false>(p, plan, sums, stream);
     const int64_t blocks = p.batch * plan.segments * plan.groups * plan.tiles;
-    launch_shared(p.marks != nullptr ? forward_shared<T, true, kDepth> : forward_shared<T, false, kDepth>, blocks,
-                  kThreads, shared_size(), stream, p, plan, sums);
+    launch_shared(p.marks != nullptr ? forward_shared<T, true> : forward_shared<T, false>, blocks,
+                  kThreads, plan.shared, stream, p, plan, sums);
   }
 };
 
-/// Calls f with the plan of a call that the shared path takes.
-template <class T, class F>
-auto with_shared_forward(const SelectiveScanParams& p, void* workspace, F f) {
-  if (row_warps(p, 2) >= int64_t{FWD_DEEP} * multiprocessor_count()) {
-    return f(SharedForward<T, 2>(p, workspace));
+template <class T>
+struct GenericForward {
+  size_t workspace_size = 0;
+
+  void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
+    const int lanes = generic_lanes(p.dstate);
+    const int64_t warps = p.batch * ceil_div(p.dim, kWarpSize / lanes);
+    const auto blocks = static_cast<unsigned>(ceil_div(warps, kGenericWarps));
+    const auto kernel = p.complex_A ? forward_generic<T, true> : forward_generic<T, false>;
+    kernel<<<blocks, kGenericWarps * kWarpSize, 0, stream>>>(p, lanes);
   }
-  return f(SharedForward<T, 1>(p, workspace));
+};
+
+/// Calls f with the plan of the path that takes the call.
+template <class T, class F>
+auto with_forward(const SelectiveScanParams& p, void* workspace, F f) {
+  if constexpr (sizeof(T) <= 4) {
+    if (takes_shared_path<T>(p)) {
+      const SharedForward<T> forward(p, workspace);
+      if (forward.plan.fits()) return f(forward);
+    }
+  }
+  return f(GenericForward<T>());
 }
 
 }  // namespace
 
 template <class T>
 size_t workspace_selective_scan_fwd(const SelectiveScanParams& p) {
-  if constexpr (sizeof(T) <= 4) {
-    if (takes_shared_path<T>(p)) {
-      return with_shared_forward<T>(
-          p, nullptr, [](const auto& forward) { return forward.workspace_size; });
-    }
-  }
-  return 0;
+  return with_forward<T>(p, nullptr, [](const auto& forward) { return forward.workspace_size; });
 }
 
 template <class T>
 CudaStatus launch_selective_scan_fwd(const SelectiveScanParams& p, void* workspace,
-                                     CudaStream stream_handle) {
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
+                                     CudaStream stream) {
   if (p.batch == 0 || p.dim == 0) return cudaSuccess;
-  if constexpr (sizeof(T) <= 4) {
-    if (takes_shared_path<T>(p)) {
-      with_shared_forward<T>(p, workspace,
-                             [&](const auto& forward) { forward.launch(p, stream); });
-      return cudaGetLastError();
-    }
-  }
-  launch_generic<T>(p, stream);
-  return cudaGetLastError();
+  return with_forward<T>(p, workspace, [&](const auto& forward) -> CudaStatus {
+    forward.launch(p, static_cast<cudaStream_t>(stream));
+    return cudaGetLastError();
+  });
 }
 
 template size_t workspace_selective_scan_fwd<MAMBA_SSM_ELEMENT>(const SelectiveScanParams&);

@@ -6,9 +6,9 @@
 // C and the decay then serve all of them), else batch rows of one channel (which share A, D and
 // dt_bias). Everything else: a warp per row, element by element.
 //
-// At batch 1 the time is that of one warp's instructions in a chain, so the vector kernel is sparing
-// with them: the grid has an axis for each index (no divisions), offsets are products of unsigned
-// indices, and what is one number per row is the work of one lane.
+// At batch 1 a warp's own latency counts, so the vector kernel is sparing with instructions: the
+// grid has an axis for each index (no divisions), offsets are products of unsigned indices, and
+// what is one number per row is the work of one lane.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -60,7 +60,7 @@ template <int kLanes, int kVectors, bool kTied>
 constexpr int kItemsOf = std::min(kLanes, (kTied ? 8 : 4) / kVectors);
 
 template <class T, class S, int kLanes, int kVectors, bool kTied>
-__global__ void __launch_bounds__(kThreads, kLanes == 2 ? 6 : 4)
+__global__ void __launch_bounds__(kThreads, kLanes == 2 ? 5 : 4)
     update_vectors(const SelectiveStateUpdateParams p, const Tiles tiles) {
   using Acc = Accumulate<T>;
   constexpr int kVec = 16 / sizeof(S);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kLanes == 2 ? 6 : 4)
   }
 
   Acc own_delta = 0;
-  Acc decay = 0;          // tied
+  Acc decay = 0;                               // tied
   Acc log2_decay[kTied ? 1 : kVectors][kVec];  // of delta = 1, not tied
 #pragma unroll 1
   for (int round = 0; round < tiles.rounds; ++round) {
@@ -247,9 +247,9 @@ __global__ void __launch_bounds__(kThreads) update_any(const SelectiveStateUpdat
     const int64_t group = h / (p.nheads / p.ngroups);
     for (int64_t n = lane; n < p.dstate; n += kWarpSize) {
       const int64_t state = offset(p.state, slot, h, d, n);
-      const Acc s = exp(delta * element(p.A, h, d, n)) *
-                        load_as<Acc>(p.state.data, p.state.dtype, state) +
-                    delta * x * element(p.B, b, group, n);
+      const Acc s =
+          exp(delta * element(p.A, h, d, n)) * load_as<Acc>(p.state.data, p.state.dtype, state) +
+          delta * x * element(p.B, b, group, n);
       sum += s * element(p.C, b, group, n);
       store_as(p.state.data, p.state.dtype, state, s);
     }
@@ -285,14 +285,14 @@ bool launch_vectors(const SelectiveStateUpdateParams& p, cudaStream_t stream) {
   const bool tied = p.A.stride[1] == 0 && p.A.stride[2] == 0 && p.dt.stride[2] == 0 &&
                     (!given(p.dt_bias) || p.dt_bias.stride[1] == 0);
   // Rows of a thread lie along the channels, with at least a block of warps left, or the batch.
-  const int64_t items =
-      tied ? kItemsOf<kLanes, kVectors, true> : kItemsOf<kLanes, kVectors, false>;
+  const int64_t items = tied ? kItemsOf<kLanes, kVectors, true> : kItemsOf<kLanes, kVectors, false>;
   const int64_t row_tiles = ceil_div(p.headdim, kRows);
   const int64_t walks = tied ? ceil_div(row_tiles, items) : ceil_div(p.batch, items);
   const int64_t others = tied ? p.batch * p.nheads : p.nheads * row_tiles;
   const int64_t wanted = int64_t{multiprocessor_count()} * kWarpsPerSm;
   const int64_t most = std::min<int64_t>(tied ? walks / kWarps : walks, kMostRounds);
-  const int64_t rounds = std::clamp<int64_t>(walks * others / wanted, 1, std::max<int64_t>(most, 1));
+  const int64_t rounds =
+      std::clamp<int64_t>(walks * others / wanted, 1, std::max<int64_t>(most, 1));
   Tiles tiles;
   tiles.rounds = static_cast<int>(rounds);
   tiles.heads_of_group = static_cast<unsigned>(p.nheads / p.ngroups);

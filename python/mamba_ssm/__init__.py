@@ -6,11 +6,13 @@ initialize CUDA and prints nothing.
 
 __version__ = "2.4.0"
 
-from mamba_ssm import _library as _library  # first: everything below calls the registered ops
-from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
-from mamba_ssm.ops.triton import selective_state_update as _selective_state_update
-from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm import _library  # noqa: F401  first: it registers the ops that all else calls
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-from mamba_ssm.utils import generation as _generation
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
+
+# Programs reach these as attributes after `import mamba_ssm`.
+from mamba_ssm.ops.triton import selective_state_update as _selective_state_update  # noqa: F401
+from mamba_ssm.utils import generation as _generation  # noqa: F401
 
 __all__ = ["Mamba", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"]

@@ -196,9 +196,7 @@ def test_selective_state_update(device):
     for t in range(len(X)):
         x, dt, B_t, C_t, z_t = (v[..., t] for v in (u, delta, B_, C_, z))
         outs.append(
-            ops.selective_state_update(
-                state, x, dt, A_, B_t, C_t, D_, z_t, bias, dt_softplus=True
-            )
+            ops.selective_state_update(state, x, dt, A_, B_t, C_t, D_, z_t, bias, dt_softplus=True)
         )
     expected, last = scan(X, DELTA, B, C, Z)
     return [(torch.stack(outs), expected), (state, [last])]

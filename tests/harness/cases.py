@@ -565,7 +565,8 @@ class Inner(Case):
             low, high = (-2, 0) if self.delta_softplus else (0.0, 0.1)
             values["delta_bias"] = draw.uniform(low, high, dim)
         if not self.delta_softplus:  # keeps the decay below 1 or close to it
-            values["delta_proj_weight"] *= 0.05
+            for name in {"delta_proj_weight", "dt_rms_weight"} & set(values):
+                values[name] *= 0.05
         return values
 
     def own_dtype(self, name, values):

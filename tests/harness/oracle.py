@@ -39,20 +39,27 @@ def plain(op, arguments, differentiable=(), cotangents=None):
 
 def blurred(op, arguments, differentiable=(), cotangents=None):
     step = torch.finfo(_precision_inside(arguments)).eps
-    if op == "mamba_inner":  # rounds what it hands from part to part
-        step = torch.finfo(arguments["xz"].dtype).eps / 2
+    if op == "mamba_inner":  # its parts hand on rounded sums, which are rounded to its type, too
+        step = max(2 * step, torch.finfo(arguments["xz"].dtype).eps / 2)
     generator = torch.Generator().manual_seed(0)
 
     def blur(value):
         if not isinstance(value, torch.Tensor) or not (value.is_complex() or _is_real(value)):
             return value
-        value = _in_precision(value.detach().cpu(), torch.float64)
+        value = _in_precision(value.cpu(), torch.float64)
         noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
         return value * (1 + step * (2 * noise - 1))
 
     arguments = {name: blur(value) for name, value in arguments.items()}
     cotangents = cotangents and {name: blur(value) for name, value in cotangents.items()}
-    return exact(op, arguments, differentiable, cotangents)
+
+    def hand_on(value):  # gradients on their way back, too
+        value = blur(value)
+        if value.requires_grad:
+            value.register_hook(blur)
+        return value
+
+    return _evaluate(op, arguments, differentiable, cotangents, torch.float64, False, hand_on)
 
 
 def _precision_inside(arguments):
@@ -81,7 +88,9 @@ def _evaluate(*arguments, **options):
         torch.set_num_threads(threads)
 
 
-def _evaluate_serially(op, arguments, differentiable, cotangents, inside, rounded):
+def _evaluate_serially(
+    op, arguments, differentiable, cotangents, inside, rounded, hand_on=lambda tensor: tensor
+):
     arguments = {
         name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
@@ -94,11 +103,12 @@ def _evaluate_serially(op, arguments, differentiable, cotangents, inside, rounde
         arguments[name].requires_grad_()
 
     with torch.enable_grad():
-        if op == "mamba_inner":  # rounds between its parts, as separate calls would
-            results = mamba_inner(inside=inside if rounded else None, **arguments)
-        else:
-            inner = {name: _in_precision(value, inside) for name, value in arguments.items()}
-            results = REFERENCES[op](**inner)
+        inner = {name: _in_precision(value, inside) for name, value in arguments.items()}
+        if op == "mamba_inner":
+            if rounded:
+                hand_on = lambda tensor: tensor.to(own["xz"]).to(inside)  # noqa: E731
+            inner["hand_on"] = hand_on
+        results = REFERENCES[op](**inner)
     if rounded:
         results = {name: r.to(result_dtype(op, name, own)) for name, r in results.items()}
 
@@ -254,7 +264,8 @@ def _per_channel(M, dim, batch, seqlen, pairs):
     if M.dim() == 3:
         M = M[:, None]
     if pairs:
-        M = torch.view_as_complex(M.reshape(*M.shape[:-1], seqlen, 2).contiguous())
+        M = M.reshape(*M.shape[:-1], seqlen, 2)
+        M = torch.complex(M[..., 0], M[..., 1])
     groups = M.shape[1]
     return M[:, [c // (dim // groups) for c in range(dim)]]
 
@@ -394,39 +405,27 @@ def mamba_inner(
     delta_softplus=True,
     checkpoint_lvl=1,
     b_c_dt_rms_eps=1e-6,
-    inside=None,
+    hand_on=lambda tensor: tensor,
 ):
-    """Every part in the precision `inside`, its result rounded to xz's type; None: no rounding."""
-
-    def part(function, *tensors):
-        if inside is None:
-            return function(*tensors)
-        return function(*[_in_precision(t, inside) for t in tensors]).to(xz.dtype)
-
+    """`hand_on` is what happens to the result of a part on its way to the next."""
     batch, twice_dim, seqlen = xz.shape
     dim = twice_dim // 2
     dt_rank = delta_proj_weight.shape[1]
     pair = 2 if A.is_complex() else 1
     rows = A.shape[1] * pair
 
-    x = part(
-        lambda x, w, b: causal_conv1d(x, w, b, silu=True)["out"],
-        xz[:, :dim],
-        conv1d_weight[:, 0],
-        conv1d_bias,
-    )
-    projected = part(lambda x, w: torch.einsum("bdl,rd->brl", x, w), x, x_proj_weight)
-    delta = part(
-        lambda p, w: torch.einsum("brl,dr->bdl", p, w), projected[:, :dt_rank], delta_proj_weight
-    )
+    x = causal_conv1d(xz[:, :dim], conv1d_weight[:, 0], conv1d_bias, silu=True)["out"]
+    x = hand_on(x)
+    projected = hand_on(torch.einsum("bdl,rd->brl", x, x_proj_weight))
+    delta = hand_on(torch.einsum("brl,dr->bdl", projected[:, :dt_rank], delta_proj_weight))
     if dt_rms_weight is not None:
-        delta = part(lambda d, w: _rms_norm(d, w, b_c_dt_rms_eps), delta, dt_rms_weight)
+        delta = hand_on(_rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps))
 
     def from_x(M, bias, weight):
         if bias is not None:
-            M = part(lambda M, b: M + b[:, None], M, bias)
+            M = hand_on(M + bias[:, None])
         if weight is not None:
-            M = part(lambda M, w: _rms_norm(M, w, b_c_dt_rms_eps), M, weight)
+            M = hand_on(_rms_norm(M, weight, b_c_dt_rms_eps))
         if pair == 2:  # rows (state, part) -> last axis (time, part)
             M = M.reshape(batch, A.shape[1], 2, seqlen).transpose(2, 3)
             M = M.reshape(batch, A.shape[1], 2 * seqlen)
@@ -436,24 +435,9 @@ def mamba_inner(
         B = from_x(projected[:, dt_rank : dt_rank + rows], B_proj_bias, b_rms_weight)
     if C is None:
         C = from_x(projected[:, projected.shape[1] - rows :], C_proj_bias, c_rms_weight)
-    y = part(
-        lambda *tensors: selective_scan(*tensors, delta_softplus=delta_softplus)["out"],
-        x,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        xz[:, dim:],
-        delta_bias,
-    )
-    if inside is None:
-        out = F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
-    else:
-        out = part(
-            lambda y, w, b: F.linear(y.transpose(1, 2), w, b), y, out_proj_weight, out_proj_bias
-        )
-    return {"out": out}
+    y = selective_scan(x, delta, A, B, C, D, xz[:, dim:], delta_bias, delta_softplus=delta_softplus)
+    y = hand_on(y["out"])
+    return {"out": F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)}
 
 
 REFERENCES = {

@@ -14,6 +14,8 @@ ROWS = cases.variations(
     {"seqlen": 70, "dim": 64, "layout": "transposed"},
     {"seqlen": 67, "dim": 72, "layout": "transposed", "packing": "padded"},
     {"seqlen": 1030, "dim": 3, "batch": 1},
+    {"seqlen": 600, "dim": 40, "batch": 1, "layout": "transposed"},
+    {"seqlen": 5, "dim": 2050, "layout": "transposed"},
     {"bias": False, "initial_states": False, "silu": False},
     {"width": 1, "packing": "packed"},
     {"packing": "padded", "initial_states": False},

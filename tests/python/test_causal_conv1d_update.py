@@ -24,7 +24,7 @@ ROWS = cases.variations(
     {"bias": False, "silu": False},
     batch=[0, 1, 8],
     dim=[0, 1, 8, 64, 67],
-    seqlen=[0, 1, 2, 3, 4, 16],
+    seqlen=[0, 1, 2, 3, 4, 16, 33, 70],
     width=[1, 2, 3, 5, 9],
     state_len=[4, 5, 16],
     num_slots=[3, 5, 40],

@@ -108,7 +108,7 @@ def test_few_recompiles(case, device):
         for eager, traced in zip(_run(op, call), _run(compiled, call)):
             for a, b in zip(eager, traced, strict=True):
                 torch.testing.assert_close(b, a)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3  # one compilation and at most two more
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

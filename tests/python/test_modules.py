@@ -191,6 +191,11 @@ def test_step_takes_one_token():
         block.step(tokens("cpu"), *block.allocate_inference_cache(2, 9))
 
 
+def test_wrong_shape_is_named():
+    with pytest.raises(ValueError, match=r"d_model=12\), got \(2, 9, 13\)"):
+        make("cpu")(torch.zeros(2, 9, 13, dtype=torch.float64))
+
+
 def test_cache_of_another_batch_size():
     block, x = make("cpu"), tokens("cpu")
     params = InferenceParams(max_seqlen=20, max_batch_size=2)
@@ -235,13 +240,16 @@ def test_compiles_without_graph_breaks(device, use_fast_path):
     block = make(device, use_fast_path=use_fast_path)
     compiled = copy.deepcopy(block)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled.forward = torch.compile(
         compiled.forward, fullgraph=True, dynamic=True, backend="aot_eager"
     )
-    for seqlen in (9, 17):
+    for seqlen in (9, 17, 40, 50, 60, 70):
         torch.testing.assert_close(
             gradients(compiled, tokens(device, seqlen)), gradients(block, tokens(device, seqlen))
         )
+    # No graph per length; one more for the lengths that are a single chunk of the scan.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_compiles_a_decode_step(device):

@@ -37,6 +37,8 @@ ROWS = cases.variations(
     {"seqlen": 70, "dim": 2, "dstate": 256, "batch": 1},
     {"seqlen": 40, "dim": 2, "dstate": 257, "batch": 1},
     {"seqlen": 9, "dim": 2, "dstate": 1024, "batch": 1},
+    {"seqlen": 3, "dim": 64, "dstate": 2, "batch": 512},
+    {"seqlen": 33, "dim": 192, "dstate": 2, "batch": 100, "B": 2},
     {"packing": "padded", "index_dtype": torch.int64, "layout": "step2"},
     {"packing": "padded", "initial_state": False},
     {"packing": "packed", "seqlen": 65},

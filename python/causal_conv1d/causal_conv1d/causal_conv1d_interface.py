@@ -147,9 +147,7 @@ def causal_conv1d_update(
     )
 
 
-def causal_conv1d_update_ref(
-    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None
-):
+def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
     """causal_conv1d_update in plain PyTorch, without conv_state_indices."""
     tokens = x[..., None] if x.dim() == 2 else x  # (batch, dim, seqlen)
     batch, dim, seqlen = tokens.shape

@@ -191,9 +191,7 @@ class MambaLMHeadModel(nn.Module):
 
         position_ids are ignored: a recurrent model needs none.
         """
-        hidden_states = self.backbone(
-            input_ids, inference_params=inference_params, **mixer_kwargs
-        )
+        hidden_states = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
         return CausalLMOutput(logits=self.lm_head(hidden_states))

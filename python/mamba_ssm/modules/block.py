@@ -58,9 +58,7 @@ class Block(nn.Module):
         hidden_states, residual = add_norm(
             self.norm, hidden_states, residual, self.residual_in_fp32
         )
-        hidden_states = self.mixer(
-            hidden_states, inference_params=inference_params, **mixer_kwargs
-        )
+        hidden_states = self.mixer(hidden_states, inference_params=inference_params, **mixer_kwargs)
         return hidden_states, residual
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):

@@ -144,6 +144,11 @@ class Mamba(nn.Module):
         With inference_params the states of this layer are read from its cache (zero at
         seqlen_offset 0) and left there, outside of any autograd graph, ready for the next tokens.
         """
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.d_model:
+            raise ValueError(
+                f"Mamba: hidden_states must have shape (batch, seqlen, d_model={self.d_model}), "
+                f"got {tuple(hidden_states.shape)}"
+            )
         if inference_params is not None:
             states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0 and hidden_states.shape[1] == 1:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-import selective_scan_cuda
+import selective_scan_cuda  # noqa: F401  programs look it up here
 
 ops = torch.ops.mamba_ssm
 
