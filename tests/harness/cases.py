@@ -17,8 +17,8 @@ from . import poison
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PARAMETER_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# Ways to pack a row. "padded" adds padding in front, between and behind; "blank" makes row 0 all
-# padding.
+# Ways to pack a row. "padded" adds padding in front of sequences, in them, between and behind them;
+# "blank" also makes row 0 all padding.
 PACKINGS = (None, "single", "packed", "padded", "blank")
 
 
@@ -88,7 +88,10 @@ def packed_ids(draw, batch, seqlen, packing):
         while len(row) < seqlen:
             longest = seqlen if packing == "single" else max(1, seqlen // 2)
             length = seqlen if packing == "single" else draw.random.randint(1, longest)
-            row += [names.pop()] * length
+            run = [names.pop()] * length
+            if packing in ("padded", "blank") and length > 2 and draw.random.random() < 0.3:
+                run[draw.random.randrange(1, length - 1)] = -3  # inside a sequence
+            row += run
             if packing in ("padded", "blank"):
                 row += [draw.random.choice([-1, -7])] * draw.random.choice([0, 0, 1, 3])
         ids[b] = torch.tensor(row[:seqlen], dtype=torch.int64)
