@@ -103,14 +103,6 @@ def check_repeats(call, count=20):
         compare.check_same(call, first, compare.run(call), "differs from run to run")
 
 
-def check_strides_are_free(case, layouts, device):
-    """Strides change no bit: every layout of the same values gives what contiguous gives."""
-    contiguous = compare.run(dataclasses.replace(case, layout="contiguous").call(device))
-    for layout in layouts:
-        call = dataclasses.replace(case, layout=layout).call(device)
-        compare.check_same(call, contiguous, compare.run(call), f"depends on layout {layout}")
-
-
 def gradcheck(call, **options):
     """torch's comparison with finite differences, in float64; repeats must agree bit for bit."""
     names = call.differentiable

@@ -29,16 +29,6 @@ CASES = {
 INDUCTOR = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update")
 
 
-def _dense(case):
-    """The call with tensors of its own strides but no larger buffer around them."""
-    call = case.call()
-    arguments = {
-        name: value.clone() if isinstance(value, torch.Tensor) else value
-        for name, value in call.arguments.items()
-    }
-    return dataclasses.replace(call, arguments=arguments)
-
-
 def _backends():
     rows = []
     for label, case in CASES.items():
