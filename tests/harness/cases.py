@@ -429,7 +429,8 @@ class StateUpdate(Case):
     z: bool = True
     dt_bias: bool = True
     dt_softplus: bool = True
-    tied: bool = False  # one decay per head: A, dt and dt_bias expanded over headdim (and dstate)
+    tied: str | None = None  # "head": A, dt, dt_bias expanded from one decay per head; "channel":
+    # A expanded over dstate
 
     def values(self, draw):
         exact = self.exact
@@ -445,7 +446,7 @@ class StateUpdate(Case):
             "C": normal(self.batch, *groups, self.dstate),
             "dt_softplus": self.dt_softplus,
         }
-        rows = (*heads, 1) if self.tied else inner
+        rows = (*heads, 1) if self.tied == "head" else inner
         states = 1 if self.tied else self.dstate
         if exact:
             values["dt"] = draw.choice(

@@ -209,7 +209,7 @@ def _state_update(rng, dtype):
         "z": _flag(rng),
         "dt_bias": _flag(rng),
         "dt_softplus": _flag(rng),
-        "tied": _flag(rng, 0.3),
+        "tied": rng.choice([None, None, None, "head", "channel"]),
     }
 
 

@@ -180,7 +180,7 @@ def test_repeated_step_is_identical(device):
 
 @pytest.mark.parametrize("optional", ["D", "z", "dt_bias"])
 @pytest.mark.parametrize("nheads", [None, 4])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [None, "head", "channel"])
 def test_step_without_optional_arguments(optional, nheads, tied, device):
     """D = None and dt_bias = None are no errors, whichever decay path is taken."""
     case = cases.StateUpdate(nheads=nheads, tied=tied, **{optional: False})

@@ -66,7 +66,7 @@ STATE_UPDATE = cases.variations(
     cases.StateUpdate(),
     {"nheads": 4, "ngroups": 2},
     {"nheads": 4, "num_slots": 6},
-    {"nheads": 4, "tied": True},
+    {"nheads": 4, "tied": "head"},
     {"D": False, "z": False, "dt_bias": False},
     num_slots=[6],
     layout=["transposed", "sliced", "step2"],

@@ -297,6 +297,27 @@ def test_nan_is_causal(value, name, t, device):
         assert dirty["out"][hit].isnan().all()
 
 
+@pytest.mark.parametrize("dim, dstate", [(8, 4), (3, 17), (33, 1)])
+def test_infinity_stays_infinity(dim, dstate, device):
+    """An infinite input among positive numbers gives infinite outputs from there on, not NaN."""
+    call = cases.Scan(dim=dim, dstate=dstate, seqlen=40).call(device)
+    for name in ("u", "B", "C", "D", "z", "initial_state"):
+        call.arguments[name].abs_()
+    call.arguments["u"][1, 2, 20] = float("inf")
+    out = call.invoke()["out"]
+    assert (out[1, 2, 20:] == float("inf")).all()
+    out[1, 2, 20:] = 0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["delta", "z"])
+def test_nan_has_a_nan_gradient(name, device):
+    """Where an argument is NaN and acts through a curve, so is its gradient."""
+    call = cases.Scan(dim=8, seqlen=45).call(device)
+    call.arguments[name][1, 3, 20] = float("nan")
+    assert compare.run(call).gradients[name][1, 3, 20].isnan()
+
+
 @pytest.mark.parametrize("name", ["u", "delta", "B"])
 def test_nan_gradients_stay_in_their_rows(name, device):
     case = cases.Scan(dim=8, seqlen=45, B=2, C=2, batch=3)

@@ -13,8 +13,8 @@ ROWS = cases.variations(
     {"nheads": 4, "ngroups": 1},
     {"nheads": 4, "ngroups": 2, "dim": 8, "dstate": 16},
     {"nheads": 6, "ngroups": 6, "dim": 3},
-    {"nheads": 4, "ngroups": 2, "tied": True, "dim": 16, "dstate": 33},
-    {"nheads": 3, "tied": True, "num_slots": 9},
+    {"nheads": 4, "ngroups": 2, "tied": "head", "dim": 16, "dstate": 33},
+    {"nheads": 3, "tied": "head", "num_slots": 9},
     {"nheads": 4, "num_slots": 9, "batch": 6, "layout": "transposed"},
     {"num_slots": 9, "batch": 6, "index_dtype": torch.int64},
     {"D": False, "z": False, "dt_bias": False},
@@ -22,7 +22,7 @@ ROWS = cases.variations(
     {"nheads": 2, "D": False},
     {"nheads": 2, "z": False},
     {"nheads": 2, "dt_bias": False},
-    {"nheads": 2, "dt_bias": False, "tied": True},
+    {"nheads": 2, "dt_bias": False, "tied": "head"},
     {"nheads": 2, "layout": "sliced"},
     {"nheads": 2, "layout": "step2"},
     {"nheads": 2, "dim": 64, "dstate": 128},
@@ -35,7 +35,7 @@ ROWS = cases.variations(
     z=[False],
     dt_bias=[False],
     dt_softplus=[False],
-    tied=[True],
+    tied=["head", "channel"],
     layout=poison.LAYOUTS[1:],
     layouts=[{"state": "transposed"}, {"A": "transposed"}, {"x": "scalar"}],
     dtypes=[
@@ -155,9 +155,10 @@ def test_properties(nheads, device):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
-def test_tied_equals_expanded_copy(dtype, device):
-    """One decay per head is a matter of speed, not of values."""
-    call = cases.StateUpdate(nheads=4, dim=16, dstate=16, tied=True, dtype=dtype).call(device)
+@pytest.mark.parametrize("tied", ["head", "channel"])
+def test_tied_equals_expanded_copy(dtype, tied, device):
+    """One decay per head or channel is a matter of speed, not of values."""
+    call = cases.StateUpdate(nheads=4, dim=16, dstate=16, tied=tied, dtype=dtype).call(device)
     tied = compare.run(call).results
     call.arena.restore()
     copied = {name: call.arguments[name].contiguous() for name in ("A", "dt", "dt_bias")}
@@ -179,3 +180,19 @@ def test_nan_stays_in_its_channel(device):
     assert not finite[1, 2, 4].any()
     finite[1, 2, 4] = True
     assert finite.all()
+
+
+@pytest.mark.parametrize("dstate", [1, 4, 17, 64])
+@pytest.mark.parametrize("nheads", [None, 3])
+def test_infinity_stays_infinity(dstate, nheads, device):
+    """An infinite input among positive numbers gives an infinite output, not NaN."""
+    call = cases.StateUpdate(nheads=nheads, dim=9, dstate=dstate).call(device)
+    for name in ("state", "B", "C", "D", "x", "z"):
+        call.arguments[name].abs_()
+    place = (1, 4) if nheads is None else (1, 2, 4)
+    call.arguments["x"][place] = float("inf")
+    out = call.invoke()["out"]
+    assert out[place] == float("inf")
+    assert (call.arguments["state"][place] == float("inf")).all()
+    out[place] = 0
+    assert out.isfinite().all()
