@@ -3,8 +3,9 @@
 // Channel-last data: a thread owns a pack of channels and walks a strip of tokens, the last width
 // inputs in registers, the next ones on their way to shared memory. Channel-first data: a warp owns
 // a strip of one row, a thread vectors along time; the width - 1 inputs before a vector come from
-// the lane to the left. Everything else (other widths, float64, strides without packs): a thread
-// per output.
+// the lane to the left. Both write the final states of a row where its last strip ends. Everything
+// else (other widths, float64, strides without packs): a thread per output, and a kernel more for
+// the final states.
 #include "causal_conv1d.cuh"
 #include "launch.cuh"
 
@@ -20,6 +21,30 @@ constexpr int kResident = 6;  // blocks of a multiprocessor
 // Walking tokens.
 constexpr int kSteps = 6;  // vectors of a thread, all in flight at once
 
+/// The token that final states continue: the last one that is not padding. Whole warps only.
+template <bool kPacked>
+__device__ __forceinline__ int64_t last_token(const CausalConv1dParams& p, const ExtendedIds& ids) {
+  return kPacked && given(p.seq_idx) ? last_real_token(ids.ids, p.seqlen) : p.seqlen - 1;
+}
+
+template <class T>
+__device__ __forceinline__ T& state_element(const CausalConv1dParams& p, int64_t b, int64_t c,
+                                            int64_t column) {
+  const View<3>& v = p.final_states;
+  return static_cast<T*>(v.data)[b * v.stride[0] + c * v.stride[1] + column * v.stride[2]];
+}
+
+/// One column of the final states of channel c: the end of the extended row, as seen from `last`.
+template <class T>
+__device__ __forceinline__ void write_final_state(const CausalConv1dParams& p,
+                                                  const ExtendedIds& ids, int64_t last, int64_t b,
+                                                  int64_t c, int64_t column) {
+  const int64_t s = last - (p.width - 2) + column;
+  const bool same_sequence = !given(p.seq_idx) || ids(s) == ids(last);
+  state_element<T>(p, b, c, column) =
+      from_accumulate<T>(same_sequence ? ExtendedRow<T>{p, b}(c, s) : Accumulate<T>(0));
+}
+
 template <class T, int kWidth, bool kPacked>
 __global__ void __launch_bounds__(kThreads, kResident)
     forward_channel_last(const CausalConv1dParams p, const Strips strips) {
@@ -34,6 +59,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t c = walk.c;
   const int length = walk.length;
   const ExtendedIds ids = extended_ids<kPacked>(p, b, walk.begin - (kWidth - 1));
+  const bool ends_row = length > 0 && walk.begin + length == p.seqlen;
+  const ExtendedIds row_ids = kPacked && ends_row ? extended_ids<true>(p, b, -1) : ids;
+  const int64_t last = ends_row ? last_token<kPacked>(p, row_ids) : 0;
   if (c >= p.dim || length == 0) return;
 
   const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c + walk.begin * p.x.stride[2];
@@ -102,6 +130,21 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
     fetch();
     stage = stage + 1 < kStages ? stage + 1 : 0;
+  }
+  if (!ends_row) return;
+  if constexpr (kPacked) {
+#pragma unroll 1
+    for (int i = 0; i < kVec * (kWidth - 1); ++i) {
+      write_final_state<T>(p, row_ids, last, b, c + i % kVec, i / kVec);
+    }
+  } else {
+#pragma unroll
+    for (int k = 1; k < kWidth; ++k) {  // the window has arrived there
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        state_element<T>(p, b, c + e, k - 1) = from_accumulate<T>(window.input[k][e]);  // exact
+      }
+    }
   }
 }
 
@@ -204,6 +247,11 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+  if (strip == strips.blocks - 1) {
+    const ExtendedIds all_ids = extended_ids<!kPlain>(p, b, -1);
+    const int64_t last = last_token<!kPlain>(p, all_ids);
+    if (lane < kHalo) write_final_state<T>(p, all_ids, last, b, c, lane);
+  }
 }
 
 /// A block owns 32 positions of the axis that is denser in memory, kDepth of the other.
@@ -239,8 +287,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// The end of the extended row, as seen from its last token that is not padding. A warp per 32
-/// channels of a row.
+/// A warp per 32 channels of a row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     forward_final_states(const CausalConv1dParams p, int64_t groups) {
@@ -249,50 +296,59 @@ __global__ void __launch_bounds__(kThreads)
   if (b >= p.batch) return;
   const int64_t c = item % groups * kWarpSize + threadIdx.x % kWarpSize;
   const ExtendedIds ids = extended_ids<true>(p, b, -1);
-  const int64_t last = given(p.seq_idx) ? last_real_token(ids.ids, p.seqlen) : p.seqlen - 1;
+  const int64_t last = last_token<true>(p, ids);
   if (c >= p.dim) return;
-  const ExtendedRow<T> input{p, b};
-  const View<3>& states = p.final_states;
   for (int64_t column = 0; column < p.width - 1; ++column) {
-    const int64_t s = last - (p.width - 2) + column;
-    const bool same_sequence = !given(p.seq_idx) || ids(s) == ids(last);
-    static_cast<T*>(
-        states.data)[b * states.stride[0] + c * states.stride[1] + column * states.stride[2]] =
-        from_accumulate<T>(same_sequence ? input(c, s) : Accumulate<T>(0));
+    write_final_state<T>(p, ids, last, b, c, column);
   }
 }
 
 template <class T>
-void launch_outputs(const CausalConv1dParams& p, cudaStream_t stream) {
-  if constexpr (sizeof(T) <= 4) {
-    if (has_own_arm(p.width) && channels_are_packed<T, kPackedChannels<T>>(p.dim, p.x, p.out)) {
-      const Strips strips = cut_channels<kWarps, kPackedChannels<T>>(p, kResident, kRows);
-      const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
-      for_width(p.width, [&](auto width) {
-        for_flag(given(p.seq_idx), [&](auto packed) {
-          forward_channel_last<T, width, packed><<<blocks, kThreads, 0, stream>>>(p, strips);
-        });
+void launch_final_states(const CausalConv1dParams& p, cudaStream_t stream) {
+  if (p.width == 1) return;
+  const int64_t groups = ceil_div(p.dim, kWarpSize);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.batch * groups, kWarps));
+  forward_final_states<T><<<blocks, kThreads, 0, stream>>>(p, groups);
+}
+
+/// Launches one of the kernels that walk rows, if the call is what they are made for.
+template <class T>
+bool try_walks(const CausalConv1dParams& p, cudaStream_t stream) {
+  if (!has_own_arm(p.width)) return false;
+  if (channels_are_packed<T, kPackedChannels<T>>(p.dim, p.x, p.out)) {
+    const Strips strips = cut_channels<kWarps, kPackedChannels<T>>(p, kResident, kRows);
+    const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
+    for_width(p.width, [&](auto width) {
+      for_flag(given(p.seq_idx), [&](auto packed) {
+        forward_channel_last<T, width, packed><<<blocks, kThreads, 0, stream>>>(p, strips);
       });
-      return;
-    }
-    if (has_own_arm(p.width) && tokens_are_vectors<T>(p.x, p.out)) {
-      constexpr int kSize = Vector<T>::kSize;
-      const int64_t phase = most_phase<T>(p.x);
-      Strips strips;
-      strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
-      strips.length = kSteps * kWarpSize * kSize;
-      strips.blocks = static_cast<unsigned>(ceil_div(p.seqlen + phase, strips.length));
-      const bool plain =
-          phase == 0 && p.seqlen % kSize == 0 && !given(p.seq_idx) && !given(p.initial_states);
-      const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
-      for_width(p.width, [&](auto width) {
-        for_flag(plain, [&](auto is_plain) {
-          forward_channel_first<T, width, is_plain><<<blocks, kThreads, 0, stream>>>(p, strips);
-        });
-      });
-      return;
-    }
+    });
+    return true;
   }
+  if (tokens_are_vectors<T>(p.x, p.out)) {
+    constexpr int kSize = Vector<T>::kSize;
+    constexpr int64_t kStep = kWarpSize * kSize;
+    const int64_t phase = most_phase<T>(p.x);
+    const int64_t tokens = p.seqlen + phase;
+    Strips strips;  // of one length, as far as whole steps allow
+    strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
+    strips.blocks = static_cast<unsigned>(ceil_div(tokens, kSteps * kStep));
+    strips.length = static_cast<int>(ceil_div(ceil_div(tokens, strips.blocks), kStep) * kStep);
+    const bool plain =
+        phase == 0 && p.seqlen % kSize == 0 && !given(p.seq_idx) && !given(p.initial_states);
+    const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
+    for_width(p.width, [&](auto width) {
+      for_flag(plain, [&](auto is_plain) {
+        forward_channel_first<T, width, is_plain><<<blocks, kThreads, 0, stream>>>(p, strips);
+      });
+    });
+    return true;
+  }
+  return false;
+}
+
+template <class T>
+void launch_any(const CausalConv1dParams& p, cudaStream_t stream) {
   const bool channels_are_dense = p.x.stride[1] < p.x.stride[2] || p.seqlen == 1;
   const int64_t dense_size = channels_are_dense ? p.dim : p.seqlen;
   const int64_t other_size = channels_are_dense ? p.seqlen : p.dim;
@@ -307,12 +363,11 @@ template <class T>
 CudaStatus launch_causal_conv1d_fwd(const CausalConv1dParams& p, CudaStream stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.batch == 0 || p.dim == 0) return cudaSuccess;
-  if (p.seqlen > 0) launch_outputs<T>(p, stream);
-  if (given(p.final_states) && p.width > 1) {
-    const int64_t groups = ceil_div(p.dim, kWarpSize);
-    const auto blocks = static_cast<unsigned>(ceil_div(p.batch * groups, kWarps));
-    forward_final_states<T><<<blocks, kThreads, 0, stream>>>(p, groups);
+  if constexpr (sizeof(T) <= 4) {
+    if (p.seqlen > 0 && try_walks<T>(p, stream)) return cudaGetLastError();
   }
+  if (p.seqlen > 0) launch_any<T>(p, stream);
+  launch_final_states<T>(p, stream);
   return cudaGetLastError();
 }
 
