@@ -208,8 +208,6 @@ struct Window {
   }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Into how many blocks to cut each of `rows` rows, at least 1 and at most `most`, so that all of
 /// them fill `places` resident blocks a whole number of times, or nearly: as few as do.
 inline int64_t blocks_of_row(int64_t rows, int64_t places, int64_t most) {

@@ -20,7 +20,7 @@ constexpr int kRows = 2;      // batch rows of a thread: they share taps, and th
 __device__ int64_t slot_of(const CausalConv1dUpdateParams& p, int64_t b) {
   int64_t slot = b;
   if (given(p.conv_state_indices)) {
-    slot = load_as<int64_t>(p.conv_state_indices.data, p.conv_state_indices.dtype,
+    slot = load_index(p.conv_state_indices.data, p.conv_state_indices.dtype,
                             b * p.conv_state_indices.stride[0]);
   }
   return slot >= 0 && slot < p.num_slots ? slot : -1;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) update_any(const CausalConv1dUpdateP
   const bool ring = given(p.cache_seqlens);
   int64_t next = 0;  // column of the first new token: with a ring its place, else behind the others
   if (ring && length > 0) {
-    next = load_as<int64_t>(p.cache_seqlens.data, p.cache_seqlens.dtype,
+    next = load_index(p.cache_seqlens.data, p.cache_seqlens.dtype,
                             b * p.cache_seqlens.stride[0]) %
            length;
     if (next < 0) next += length;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) varlen_states(const CausalConv1dVarl
   if (c >= p.dim) return;
   const auto offset = [&](int64_t i) {
     const int64_t token =
-        load_as<int64_t>(p.cu_seqlens.data, p.cu_seqlens.dtype, i * p.cu_seqlens.stride[0]);
+        load_index(p.cu_seqlens.data, p.cu_seqlens.dtype, i * p.cu_seqlens.stride[0]);
     return token < 0 ? 0 : token < p.total_tokens ? token : p.total_tokens;
   };
   const int64_t token = offset(sequence + 1) - p.state_len + column;

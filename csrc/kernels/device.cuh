@@ -60,7 +60,7 @@ __device__ __forceinline__ BFloat16 from_accumulate<BFloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-/// One element of a view whose type is known at run time only (parameters, states, indices).
+/// One element of a view whose floating type is known at run time only (parameters, states).
 template <class Acc>
 __device__ __forceinline__ Acc load_as(const void* data, DType dtype, int64_t offset) {
   switch (dtype) {
@@ -72,12 +72,15 @@ __device__ __forceinline__ Acc load_as(const void* data, DType dtype, int64_t of
       return static_cast<Acc>(__bfloat162float(static_cast<const BFloat16*>(data)[offset]));
     case DType::kFloat64:
       return static_cast<Acc>(static_cast<const double*>(data)[offset]);
-    case DType::kInt32:
-      return static_cast<Acc>(static_cast<const int32_t*>(data)[offset]);
-    case DType::kInt64:
-      return static_cast<Acc>(static_cast<const int64_t*>(data)[offset]);
+    default:
+      return Acc(0);  // integers are read by load_index
   }
-  return Acc(0);
+}
+
+/// One element of an index tensor, int32 or int64.
+__device__ __forceinline__ int64_t load_index(const void* data, DType dtype, int64_t offset) {
+  return dtype == DType::kInt64 ? static_cast<const int64_t*>(data)[offset]
+                                : static_cast<const int32_t*>(data)[offset];
 }
 
 template <class Acc>
@@ -141,6 +144,34 @@ __device__ __forceinline__ Acc silu_gradient(Acc x) {
   return s * (Acc(1) + x * (Acc(1) - s));
 }
 
+constexpr float kSoftplusThreshold = 20;
+
+/// log1p(exp(x)) up to the threshold, x above: max(x, 0) + log1p(e) with e = exp(-|x|), and a
+/// minimax polynomial of log1p(e) / e on [0, 1] (relative error 3e-8), because log2(1 + e) loses
+/// the digits of a small e.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = fast_exp2(-fabsf(x) * kLog2E);
+  float q = 0.0052326931f;
+  q = fmaf(q, e, -0.029505240f);
+  q = fmaf(q, e, 0.078225955f);
+  q = fmaf(q, e, -0.13663246f);
+  q = fmaf(q, e, 0.19106007f);
+  q = fmaf(q, e, -0.24842982f);
+  q = fmaf(q, e, 0.33319098f);
+  q = fmaf(q, e, -0.49999493f);
+  q = fmaf(q, e, 0.99999994f);
+  const float y = fmaf(q, e, fmaxf(x, 0.0f));
+  return x > kSoftplusThreshold ? x : y;
+}
+__device__ __forceinline__ double softplus(double x) {
+  return x > kSoftplusThreshold ? x : log1p(exp(x));
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc softplus_gradient(Acc x) {
+  return x > kSoftplusThreshold ? Acc(1) : sigmoid(x);
+}
+
 /// 16 bytes of T in a register quad: `kSize` elements moved by one instruction.
 template <class T>
 struct alignas(16) Vector {
@@ -194,6 +225,13 @@ struct alignas(kSize * sizeof(T)) Pack {
     } else {
       *reinterpret_cast<uint4*>(p) = make_uint4(word[0], word[1], word[2], word[3]);
     }
+  }
+
+  /// One instruction whatever stands around it, and the first to leave the caches: for what is not
+  /// read again soon.
+  __device__ __forceinline__ void store_streaming(T* p) const {
+    static_assert(kWords == 4);
+    __stcs(reinterpret_cast<uint4*>(p), make_uint4(word[0], word[1], word[2], word[3]));
   }
 
   __device__ __forceinline__ Accumulate<T> operator[](int i) const {
@@ -300,6 +338,19 @@ struct ParameterBits {
     for (int i = 0; i < kSize; ++i) word[i] = first[i % kInner * inner + i / kInner * outer];
   }
 
+  /// The same for float32 elements side by side, aligned to 16 bytes.
+  __device__ __forceinline__ void load_floats(const float* p) {
+    static_assert(kSize % 4 == 0 && sizeof(Word) == 4);
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(p + i);
+      word[i] = raw.x;
+      word[i + 1] = raw.y;
+      word[i + 2] = raw.z;
+      word[i + 3] = raw.w;
+    }
+  }
+
   __device__ __forceinline__ Acc value(DType dtype, int i) const {
     if constexpr (std::is_same_v<Acc, double>) {
       if (dtype == DType::kFloat64) return __longlong_as_double(word[i]);
@@ -316,6 +367,8 @@ inline bool allows_vectors(const void* data, Strides... strides) {
   constexpr int64_t kSize = 16 / sizeof(T);
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ((strides % kSize == 0) && ...);
 }
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// Multiprocessors of the current device: what a launch has to fill.
 inline int multiprocessor_count() {

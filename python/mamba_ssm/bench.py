@@ -237,25 +237,59 @@ def scan_inputs(batch, dim, seqlen, dstate, device, dtype):
 
 
 def decode(report):
-    dim, dstate = 5120, 16
+    dim, width = 5120, 4
     options = dict(device="cuda", dtype=torch.bfloat16)
     for batch in (1, 64, 512):
         x = torch.randn(batch, dim, **options)
-        state = torch.randn(batch, dim, 4, **options)
-        weight, bias = torch.randn(dim, 4, **options), torch.randn(dim, **options)
+        state = torch.randn(batch, dim, width, **options)
+        weight, bias = torch.randn(dim, width, **options), torch.randn(dim, **options)
+        columns = torch.cat([state[..., 1:], x[..., None]], dim=-1).double()
+        exact = F.silu((columns * weight.double()).sum(-1) + bias.double())
+        out = ops.causal_conv1d_update(x, state.clone(), weight, bias, silu=True)
         ms = graph_ms(lambda: ops.causal_conv1d_update(x, state, weight, bias, silu=True))
         traffic = 2 * moved(x, state) + moved(weight, bias)
-        report.gpu_row(f"conv1d_update/B{batch}D{dim}", ms, traffic)
+        report.gpu_row(f"conv1d_update/B{batch}D{dim}", ms, traffic, relative_error(out, exact))
     for batch in (1, 64, 512):
+        dstate = 16
         state = torch.randn(batch, dim, dstate, device="cuda")
-        x, dt, z = (torch.randn(batch, dim, **options) for _ in range(3))
         A = -torch.rand(dim, dstate, device="cuda") - 1
+        x, dt, z = (torch.randn(batch, dim, **options) for _ in range(3))
         B, C = (torch.randn(batch, dstate, **options) for _ in range(2))
         D, dt_bias = torch.randn(dim, device="cuda"), torch.rand(dim, device="cuda")
-        inputs = x, dt, A, B, C, D, z, dt_bias
-        ms = graph_ms(lambda: ops.selective_state_update(state, *inputs, dt_softplus=True))
-        traffic = 2 * moved(state) + 4 * moved(x) + moved(A, B, C)
-        report.gpu_row(f"state_update/mamba1/B{batch}D{dim}N{dstate}", ms, traffic)
+        inputs = state, x, dt, A, B, C, D, z, dt_bias
+        state_update_row(report, f"mamba1/B{batch}D{dim}N{dstate}", *inputs)
+    for batch, (name, dtype) in itertools.product(
+        (1, 64, 512), dict(f32state=torch.float32, bf16state=torch.bfloat16).items()
+    ):
+        nheads, headdim, dstate = 80, 64, 128
+        state = torch.randn(batch, nheads, headdim, dstate, device="cuda", dtype=dtype)
+        A = (-torch.rand(nheads, device="cuda") - 1)[:, None, None].expand(-1, headdim, dstate)
+        x, z = (torch.randn(batch, nheads, headdim, **options) for _ in range(2))
+        dt = torch.randn(batch, nheads, 1, **options).expand(-1, -1, headdim)
+        B, C = (torch.randn(batch, 1, dstate, **options) for _ in range(2))
+        D, dt_bias = (torch.rand(nheads, 1, device="cuda").expand(-1, headdim) for _ in range(2))
+        inputs = state, x, dt, A, B, C, D, z, dt_bias
+        size = f"B{batch}H{nheads}P{headdim}N{dstate}"
+        state_update_row(report, f"mamba2/{name}/{size}", *inputs)
+
+
+def state_update_row(report, name, state, *inputs):
+    """A row for selective_state_update; the error is that of the first batch row."""
+    exact = state_update_reference(state, *inputs)
+    out = ops.selective_state_update(state.clone(), *inputs, dt_softplus=True)
+    ms = graph_ms(lambda: ops.selective_state_update(state, *inputs, dt_softplus=True))
+    x, *others = inputs
+    read = sum(t.untyped_storage().nbytes() for t in others) / 1e6  # A, D, dt may be expanded
+    traffic = 2 * moved(state) + moved(out, x) + read
+    report.gpu_row(f"state_update/{name}", ms, traffic, relative_error(out[0], exact))
+
+
+def state_update_reference(state, x, dt, A, B, C, D, z, dt_bias):
+    """One step of the first batch row in float64."""
+    state, x, dt, B, C, z = (t[0].double() for t in (state, x, dt, B, C, z))
+    d = F.softplus(dt + dt_bias)
+    state = torch.exp(d[..., None] * A) * state + (d * x)[..., None] * B
+    return ((state * C).sum(-1) + D * x) * F.silu(z)
 
 
 def cpu_ms(call, budget_s=2.0):
