@@ -103,7 +103,7 @@ def packed_ids(draw, batch, seqlen, packing):
 def cuts(draw, count, total):
     """cu_seqlens of `count` sequences with `total` tokens; some are empty."""
     inner = sorted(draw.random.randint(0, total) for _ in range(count - 1))
-    return torch.tensor([0, *inner, total])
+    return torch.tensor([0, *inner, total][: count + 1])
 
 
 def slots(draw, batch, num_slots):

@@ -109,7 +109,8 @@ MAMBA_SSM_API at::Tensor selective_state_update(
 /// final state; that of an empty one is its initial state. cu_seqlens isolates sequences by itself;
 /// seq_idx may be given as well and divides them further. Returns out, contiguous, of x's dtype and
 /// shape, and final_states (num_sequences, nheads, headdim, dstate), float32 (float64).
-/// Differentiable in every floating argument, through both results.
+/// Differentiable in every floating argument, through both results. A NaN or an infinity never
+/// leaves its row and head (group, in B and C), and reaches back over one chunk at most.
 /// Source: Mamba-2 (arXiv 2405.21060), sections 6 and 7.
 MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> ssd_chunk_scan(
     const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B,
