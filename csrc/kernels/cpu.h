@@ -30,6 +30,10 @@ struct CpuKernels {
   void (*selective_state_update)(const SelectiveStateUpdateParams&, int64_t begin,
                                  int64_t end) noexcept;
   void (*ssd_chunk_scan_fwd)(const SsdChunkScanParams&, int64_t begin, int64_t end) noexcept;
+  void (*ssd_chunk_scan_bwd)(const SsdChunkScanParams&, void* workspace, int64_t begin,
+                             int64_t end) noexcept;
+  void (*ssd_chunk_scan_bwd_reduce)(const SsdChunkScanParams&, void* workspace, int64_t begin,
+                                    int64_t end) noexcept;
 };
 
 /// The table for the widest instruction set of this machine.

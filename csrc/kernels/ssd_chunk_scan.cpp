@@ -16,6 +16,7 @@ SsdChunkScanBlocks blocks_of(const SsdChunkScanParams& p, int64_t min_block) {
   s.group = p.nheads / p.ngroups;
   s.block = min_block;
   while (s.block < kMaxBlock && p.num_sequences * p.nheads >= 2 * s.block * kItems) s.block *= 2;
+  s.block = std::max<int64_t>(1, std::min(s.block, s.group));
   s.per_group = ceil_div(s.group, s.block);
   s.per_sequence = p.ngroups * s.per_group;
   return s;

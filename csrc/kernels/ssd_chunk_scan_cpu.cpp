@@ -21,7 +21,8 @@ namespace {
 constexpr int kChunk = 32;
 static_assert(kChunk % kLanes == 0);
 
-inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- Dense matrices and their products
@@ -114,9 +115,27 @@ struct Tile {
   __attribute__((always_inline)) void scale_rows(const S* factors) {
     update([&](V sum, int r, int) { return factors[r] * sum; });
   }
+  __attribute__((always_inline)) void scale_columns(const S* factors) {
+    update([&](V sum, int, int c) { return load_vector(factors + c) * sum; });
+  }
+  __attribute__((always_inline)) void multiply(const S* m, int64_t stride) {
+    update([&](V sum, int r, int c) { return load_vector(m + r * stride + c) * sum; });
+  }
   /// sums = factor * m + sums
   __attribute__((always_inline)) void add(S factor, const S* m, int64_t stride) {
     update([&](V sum, int r, int c) { return factor * load_vector(m + r * stride + c) + sum; });
+  }
+  /// to[c] += the sum over r of m[r][c] sums[r][c]
+  __attribute__((always_inline)) void add_column_products(const S* m, int64_t stride, S* to) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      V total = load_vector(to + v * kWidth);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTileRows; ++r) {
+        total = load_vector(m + r * stride + v * kWidth) * sums[r][v] + total;
+      }
+      std::memcpy(to + v * kWidth, &total, sizeof(V));
+    }
   }
   __attribute__((always_inline)) void store(S* m, int64_t stride) const {
 #pragma GCC unroll 4
@@ -137,15 +156,17 @@ inline void for_each_tile_of_width(int64_t rows, int64_t col, F& f) {
   }
 }
 
-/// f(tile, row, col) for zero tiles that together cover rows x cols, and up to whole tiles beyond.
+/// f(tile, row, col) for zero tiles that together cover rows x cols, and beyond, up to a multiple
+/// of kTileRows x kLanes.
 template <class S, class F>
 inline void for_each_tile(int64_t rows, int64_t cols, F f) {
   constexpr int kWidth = kNativeLanes<S>;
+  cols = round_up(cols, kLanes);
   int64_t col = 0;
   for (; cols - col > (kTileVectors - 1) * kWidth; col += kTileVectors * kWidth) {
     for_each_tile_of_width<S, kTileVectors>(rows, col, f);
   }
-  const int64_t rest = (cols - col + kWidth - 1) / kWidth;
+  const int64_t rest = (cols - col) / kWidth;
   if constexpr (kTileVectors > 2) {
     if (rest == 3) return for_each_tile_of_width<S, 3>(rows, col, f);
     if (rest == 2) return for_each_tile_of_width<S, 2>(rows, col, f);
@@ -232,6 +253,12 @@ inline Chunk chunk_at(const SsdChunkScanParams& p, const Item& item, int64_t beg
   }
   chunk.end = t;
   return chunk;
+}
+
+inline int64_t count_chunks(const SsdChunkScanParams& p, const Item& item) {
+  int64_t count = 0;
+  for (int64_t t = item.begin; t < item.end; t = chunk_at(p, item, t).end) ++count;
+  return count;
 }
 
 template <class F>
@@ -428,6 +455,9 @@ struct Scan {
         mix(kChunk, kChunk),
         y(kChunk, p.headdim) {}
 
+  /// Rows of a state in memory.
+  int64_t state_rows() const { return round_up(p.dstate, kTileRows); }
+
   TokenRows rows(const View<4>& v, int64_t head) const {
     return token_rows(v, item.b, head, p.headdim);
   }
@@ -560,7 +590,7 @@ struct Scan {
 template <class S>
 struct Forward : Scan<S> {
   using Base = Scan<S>;
-  using Base::chunk, Base::item, Base::p;
+  using Base::chunk, Base::item, Base::p, Base::state_rows;
 
   Matrix<S> D;       // (head, headdim)
   Matrix<S> states;  // (head and state, headdim)
@@ -569,10 +599,10 @@ struct Forward : Scan<S> {
   Forward(const SsdChunkScanParams& params, int64_t heads)
       : Base(params),
         D(heads, p.headdim),
-        states(heads * round_up(p.dstate, kTileRows), p.headdim),
+        states(heads * state_rows(), p.headdim),
         z(kChunk, p.headdim) {}
 
-  S* state(int64_t h) { return states[h * round_up(p.dstate, kTileRows)]; }
+  S* state(int64_t h) { return states[h * state_rows()]; }
 
   void run(const Item& work) {
     item = work;
@@ -622,6 +652,420 @@ struct Forward : Scan<S> {
   }
 };
 
+// ---- Backward
+
+/// Bytes of states that an item keeps at a time, as far as that is possible without keeping less
+/// than a square root of them.
+constexpr int64_t kKeptBytes = int64_t{16} << 20;
+
+/// Gradients of one item. Its chunks are divided into segments. The state before each segment is
+/// computed first; then, from the last segment to the first, the states before its chunks, and the
+/// gradients of these in reverse.
+template <class S>
+struct Backward : Scan<S> {
+  using Base = Scan<S>;
+  using Base::chunk, Base::item, Base::p, Base::padded, Base::state_rows, Base::steps;
+  using V = Vector<S>;
+
+  const SsdChunkScanWorkspace at;
+  S* const workspace;
+  int64_t segment;         // chunks of a segment
+  Matrix<int64_t> begins;  // (1, chunk)
+  Matrix<S> states;        // (slot, head and state; headdim): see before_chunk
+  Matrix<S> dstates;       // (head and state, headdim): gradient of the state after, before a chunk
+  Matrix<S> D;             // (head, headdim)
+  Matrix<double> dD;       // (head, headdim)
+  Matrix<double> dA, ddt_bias;  // (1, head)
+  // Of a chunk.
+  Matrix<S> Bt;        // (state, token)
+  Matrix<S> dBt, dCt;  // (state, token): through the states, sum over the heads
+  Matrix<S> dBC;       // (j, i): gradient of B_j . C_i, sum over the heads
+  Matrix<S> dtokens;   // (token, state): dB or dC
+  // Of a chunk of one head.
+  Matrix<S> z, dy, du;  // (token, headdim); dz in place of z
+  Matrix<S> ut, dyt;    // (headdim, token)
+  Matrix<S> pairs;      // (j, i): gradient of c_i - c_j
+  S at_start[kChunk];   // gradient of c_i as exponent of Steps::from_start
+  S at_end[kChunk];     // gradient of -c_j as exponent of Steps::to_end
+
+  Backward(const SsdChunkScanParams& params, int64_t heads, int64_t most_chunks, void* memory)
+      : Base(params),
+        at(ssd_chunk_scan_bwd_layout(params)),
+        workspace(static_cast<S*>(memory)),
+        segment(segment_of(params, heads, most_chunks)),
+        begins(1, most_chunks),
+        states((ceil_div(most_chunks, segment) + segment) * heads * state_rows(), p.headdim),
+        dstates(heads * state_rows(), p.headdim),
+        D(heads, p.headdim),
+        dD(heads, p.headdim),
+        dA(1, heads),
+        ddt_bias(1, heads),
+        Bt(p.dstate, kChunk),
+        dBt(p.dstate, kChunk),
+        dCt(p.dstate, kChunk),
+        dBC(kChunk, kChunk),
+        dtokens(kChunk, p.dstate),
+        z(kChunk, p.headdim),
+        dy(kChunk, p.headdim),
+        du(kChunk, p.headdim),
+        ut(p.headdim, kChunk),
+        dyt(p.headdim, kChunk),
+        pairs(kChunk, kChunk) {}
+
+  static int64_t segment_of(const SsdChunkScanParams& p, int64_t heads, int64_t chunks) {
+    const int64_t bytes = heads * round_up(p.dstate, kTileRows) * round_up(p.headdim, kLanes) *
+                          static_cast<int64_t>(sizeof(S));
+    int64_t segment = bytes > 0 && chunks > kKeptBytes / bytes ? kKeptBytes / bytes : chunks;
+    while (segment * segment < chunks) ++segment;
+    return segment > 0 ? segment : 1;
+  }
+
+  S* slot(int64_t index, int64_t h) { return states[(index * item.heads + h) * state_rows()]; }
+  S* dstate(int64_t h) { return dstates[h * state_rows()]; }
+
+  /// The state before chunk c. The first slots hold those of first chunks of segments, the others
+  /// those of the other chunks of the segment at hand.
+  S* before_chunk(int64_t c, int64_t segments, int64_t h) {
+    return c % segment == 0 ? slot(c / segment, h) : slot(segments + c % segment, h);
+  }
+
+  void run(const Item& work) {
+    item = work;
+    Base::load_D(D);
+    for (int64_t h = 0; h < item.heads; ++h) {
+      dA[0][h] = ddt_bias[0][h] = 0;
+      for (int64_t k = 0; k < p.headdim; ++k) dD[h][k] = 0;
+    }
+    int64_t chunks = 0;
+    for (int64_t begin = item.begin; begin < item.end; begin = chunk.end) {
+      chunk = chunk_at(p, item, begin);
+      begins[0][chunks++] = begin;
+    }
+    const int64_t segments = ceil_div(chunks, segment);
+    int64_t initial;
+    const bool has_initial = initial_state_of(p, item.sequence, &initial);
+    for (int64_t h = 0; h < item.heads && has_initial && chunks > 0; ++h) {
+      load_state(p.initial_states, initial, item.head + h, p.headdim, p.dstate, slot(0, h),
+                 states.stride);
+    }
+    for (int64_t s = 0; s + 1 < segments; ++s) {
+      for (int64_t c = s * segment; c < (s + 1) * segment; ++c) {
+        advance_chunk(
+            c, c == 0 && !has_initial,
+            [&](int64_t h) { return slot(c == s * segment ? s : s + 1, h); },
+            [&](int64_t h) { return slot(s + 1, h); });
+      }
+    }
+
+    bool no_gradient = !p.dfinal_states;  // the gradient of the state after the chunk is 0
+    for (int64_t h = 0; h < item.heads && !no_gradient; ++h) {
+      load_state(p.dfinal_states, item.sequence, item.head + h, p.headdim, p.dstate, dstate(h),
+                 dstates.stride);
+    }
+    for (int64_t s = segments; s-- > 0;) {
+      const int64_t end = least((s + 1) * segment, chunks);
+      for (int64_t c = s * segment; c + 1 < end; ++c) {
+        advance_chunk(
+            c, c == 0 && !has_initial, [&](int64_t h) { return before_chunk(c, segments, h); },
+            [&](int64_t h) { return before_chunk(c + 1, segments, h); });
+      }
+      for (int64_t c = end; c-- > s * segment;) {
+        load_chunk(begins[0][c]);
+        const bool from_zero = chunk.resets || (c == 0 && !has_initial);
+        for (int64_t h = 0; h < item.heads; ++h) {
+          run_head(h, from_zero ? nullptr : before_chunk(c, segments, h),
+                   no_gradient ? nullptr : dstate(h));
+        }
+        store_chunk();
+        no_gradient = chunk.resets;
+      }
+    }
+    store_item(has_initial, initial, no_gradient);
+  }
+
+  template <class Before, class After>
+  void advance_chunk(int64_t c, bool from_zero, Before before, After after) {
+    Base::load_chunk(begins[0][c]);
+    from_zero |= chunk.resets;
+    for (int64_t h = 0; h < item.heads; ++h) {
+      Base::load_steps(item.head + h);
+      Base::load_inputs(item.head + h);
+      Base::advance(from_zero ? nullptr : before(h), after(h), states.stride);
+    }
+  }
+
+  void load_chunk(int64_t begin) {
+    Base::load_chunk(begin);
+    Base::load_C();
+    transpose_matrix(Base::B, chunk.count, p.dstate, Bt);
+    for (int64_t n = 0; n < state_rows(); ++n) {
+      for (int i = 0; i < padded; ++i) dBt[n][i] = dCt[n][i] = S(0);
+    }
+    for (int j = 0; j < padded; ++j) {
+      for (int i = 0; i < padded; ++i) dBC[j][i] = S(0);
+    }
+  }
+
+  /// state, dstate: of the state before the chunk, and the gradient of the one after; null: 0.
+  void run_head(int64_t h, const S* state, S* dstate) {
+    const int64_t head = item.head + h;
+    Base::load_steps(head);
+    Base::load_inputs(head);
+    Base::mix_tokens();
+    load_dy(h, state);
+    transpose_matrix(Base::u, chunk.count, p.headdim, ut);
+    transpose_matrix(dy, chunk.count, p.headdim, dyt);
+    pair_gradients();
+    input_gradients(dstate);
+    state_gradients(state, dyt, steps.from_start, Base::Ct, dCt, at_start);
+    state_gradients(dstate, ut, steps.to_end, Bt, dBt, at_end);
+    store_inputs(h, state && dstate ? steps.decay * inner_product(state, dstate) : S(0));
+    if (!chunk.resets) retreat(dstate, this->dstate(h));
+  }
+
+  /// dy; with z also dz, from y.
+  void load_dy(int64_t h, const S* state) {
+    const int64_t head = item.head + h;
+    load_rows(Base::rows(p.dout, head), chunk, dy);
+    if (!p.z) return;
+    load_rows(Base::rows(p.z, head), chunk, z);
+    Base::read_out(state, states.stride);
+    const TokenRows dz = Base::rows(p.dz, head);
+    for (int i = 0; i < chunk.count; ++i) {
+      for (int64_t k = 0; k < p.headdim; k += kLanes) {
+        const V y_i = load(Base::y[i] + k) + load(D[h] + k) * load(Base::x[i] + k);
+        const V dout_i = load(dy[i] + k), z_i = load(z[i] + k);
+        store(dy[i] + k, dout_i * silu(z_i));
+        store(z[i] + k, dout_i * y_i * silu_slope(z_i));
+      }
+      store_row(dz, chunk.tokens[i], z[i]);
+    }
+    for_each_padding(p, item, chunk, [&](int64_t t) { clear_row<S>(dz, t); });
+  }
+
+  /// Gradients of decay and BC, whose product is mix.
+  void pair_gradients() {
+    for_each_tile<S>(chunk.count, padded, [&](auto& tile, int64_t j, int64_t i) {
+      tile.add_product(Base::u[j], Base::u.stride, 1, dyt[0] + i, dyt.stride, p.headdim);
+      auto dBC_tile = tile;
+      tile.multiply(Base::mix[j] + i, Base::mix.stride);
+      tile.store(pairs[j] + i, pairs.stride);
+      dBC_tile.multiply(Base::decay[j] + i, Base::decay.stride);
+      dBC_tile.add(S(1), dBC[j] + i, dBC.stride);
+      dBC_tile.store(dBC[j] + i, dBC.stride);
+    });
+  }
+
+  void input_gradients(const S* dstate) {
+    for_each_tile<S>(chunk.count, p.headdim, [&](auto& tile, int64_t j, int64_t k) {
+      if (dstate) {
+        tile.add_product(Base::B[j], Base::B.stride, 1, dstate + k, dstates.stride, p.dstate);
+        tile.scale_rows(steps.to_end + j);
+      }
+      tile.add_product(Base::mix[j] + j, Base::mix.stride, 1, dy[j] + k, dy.stride,
+                       chunk.count - j);
+      tile.store(du[j] + k, du.stride);
+    });
+  }
+
+  /// Tokens couple to a state through Mt: adds factors_i state tokens_i to gradient column i, and
+  /// leaves its product with column i of Mt, the gradient of the factor's exponent, in dexponent.
+  void state_gradients(const S* state, const Matrix<S>& tokens, const S* factors,
+                       const Matrix<S>& Mt, Matrix<S>& gradient, S* dexponent) {
+    for (int i = 0; i < padded; ++i) dexponent[i] = S(0);
+    if (!state) return;
+    for_each_tile<S>(p.dstate, padded, [&](auto& tile, int64_t n, int64_t i) {
+      tile.add_product(state + n * states.stride, states.stride, 1, tokens[0] + i, tokens.stride,
+                       p.headdim);
+      tile.scale_columns(factors + i);
+      tile.add_column_products(Mt[n] + i, Mt.stride, dexponent + i);
+      tile.add(S(1), gradient[n] + i, gradient.stride);
+      tile.store(gradient[n] + i, gradient.stride);
+    });
+  }
+
+  S inner_product(const S* a, const S* b) const {
+    V sum = {};
+    for (int64_t n = 0; n < p.dstate; ++n) {
+      for (int64_t k = 0; k < p.headdim; k += kLanes) {
+        sum = load(a + n * states.stride + k) * load(b + n * states.stride + k) + sum;
+      }
+    }
+    S total = 0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    return total;
+  }
+
+  /// Element s: the sum of pairs (j, i) with j < s <= i, to which the step into token s belongs.
+  void sum_pairs(S* sums) const {
+    // Lane i of prefix: the sum of pairs (j, i) over j < s.
+    V prefix[kChunk / kLanes] = {}, rows[kLanes];
+    for (int s = 0; s < padded; ++s) {
+      const int first = s / kLanes, lane = s % kLanes;
+      V sum = {};
+      for (int i = lane; i < kLanes; ++i) sum[i] = prefix[first][i];
+      for (int v = first + 1; v < padded / kLanes; ++v) sum = sum + prefix[v];
+      rows[lane] = sum;
+      for (int v = first; v < padded / kLanes && s < chunk.count; ++v) {
+        prefix[v] = prefix[v] + load(pairs[s] + v * kLanes);
+      }
+      if (lane == kLanes - 1) store(sums + first * kLanes, sum_lanes(rows));
+    }
+  }
+
+  /// dx, ddt and the sums over time; dstep: the part of the gradient of d A that all tokens share.
+  void store_inputs(int64_t h, S dstep) {
+    const int64_t head = item.head + h;
+    const TokenRows dx = Base::rows(p.dx, head);
+    alignas(64) S dd[kChunk], dstep_pairs[kChunk];
+    V rows[kLanes];
+    for (int i = 0; i < padded; ++i) {
+      V sum = {};
+      for (int64_t k = 0; k < p.headdim && i < chunk.count; k += kLanes) {
+        const V du_i = load(du[i] + k);
+        sum = load(Base::x[i] + k) * du_i + sum;
+        store(du[i] + k, steps.d[i] * du_i + load(D[h] + k) * load(dy[i] + k));
+      }
+      rows[i % kLanes] = sum;
+      if (i % kLanes == kLanes - 1) store(dd + i - (kLanes - 1), sum_lanes(rows));
+      if (i < chunk.count) store_row(dx, chunk.tokens[i], du[i]);
+    }
+    for (int64_t k = 0; k < p.headdim && p.dD; k += kLanes) {
+      V sum = {};
+      for (int i = 0; i < chunk.count; ++i) sum = load(dy[i] + k) * load(Base::x[i] + k) + sum;
+      for (int lane = 0; lane < kLanes; ++lane) dD[h][k + lane] += sum[lane];
+    }
+
+    sum_pairs(dstep_pairs);
+    const double A = load_as<double>(p.A.data, p.A.dtype, head * p.A.stride[0]);
+    const int64_t offset = item.b * p.ddt.stride[0] + head * p.ddt.stride[2];
+    const auto store_ddt = [&](int64_t t, double x) {
+      store_as(p.ddt.data, p.ddt.dtype, offset + t * p.ddt.stride[1], x);
+    };
+    double before = 0, after = 0;  // at_end before token i, at_start from token i on
+    double dstep_i[kChunk];
+    for (int i = chunk.count; i-- > 0;) {
+      after += at_start[i];
+      dstep_i[i] = dstep + dstep_pairs[i] + after;
+    }
+    for (int i = 0; i < chunk.count; ++i) {
+      dstep_i[i] += before;
+      before += at_end[i];
+      const double ddt = (dd[i] + A * dstep_i[i]) * steps.slope[i];
+      store_ddt(chunk.tokens[i], ddt);
+      dA[0][h] += steps.d[i] * dstep_i[i];
+      ddt_bias[0][h] += ddt;
+    }
+    for_each_padding(p, item, chunk, [&](int64_t t) {
+      clear_row<S>(dx, t);
+      store_ddt(t, 0);
+    });
+  }
+
+  /// The gradient of the state before the chunk from that of the one after. Uses dy up.
+  void retreat(const S* after, S* before) {
+    Base::scale_rows(dy, steps.from_start);
+    for_each_tile<S>(p.dstate, p.headdim, [&](auto& tile, int64_t n, int64_t k) {
+      if (after) tile.add(steps.decay, after + n * dstates.stride + k, dstates.stride);
+      tile.add_product(Base::C[0] + n, 1, Base::C.stride, dy[0] + k, dy.stride, chunk.count);
+      tile.store(before + n * dstates.stride + k, dstates.stride);
+    });
+  }
+
+  /// The partial sums of dB and dC of the chunk's tokens.
+  void store_chunk() {
+    transpose_matrix(dCt, p.dstate, padded, dtokens);
+    for_each_tile<S>(chunk.count, p.dstate, [&](auto& tile, int64_t i, int64_t n) {
+      tile.add(S(1), dtokens[i] + n, dtokens.stride);
+      tile.add_product(dBC[0] + i, 1, dBC.stride, Base::B[0] + n, Base::B.stride,
+                       least(i + kTileRows, chunk.count));
+      tile.store(dtokens[i] + n, dtokens.stride);
+    });
+    store_partial_sums(at.dC);
+    transpose_matrix(dBt, p.dstate, padded, dtokens);
+    for_each_tile<S>(chunk.count, p.dstate, [&](auto& tile, int64_t j, int64_t n) {
+      tile.add(S(1), dtokens[j] + n, dtokens.stride);
+      tile.add_product(dBC[j] + j, dBC.stride, 1, Base::C[j] + n, Base::C.stride, chunk.count - j);
+      tile.store(dtokens[j] + n, dtokens.stride);
+    });
+    store_partial_sums(at.dB);
+  }
+
+  void store_partial_sums(int64_t sums) const {
+    const SsdChunkScanBlocks blocks = ssd_chunk_scan_bwd_blocks(p);
+    const int64_t block =
+        item.group * blocks.per_group + (item.head - item.group * blocks.group) / blocks.block;
+    S* const rows = workspace + sums + (item.b * blocks.per_sequence + block) * p.seqlen * p.dstate;
+    const size_t bytes = static_cast<size_t>(p.dstate) * sizeof(S);
+    for (int i = 0; i < chunk.count; ++i) {
+      std::memcpy(rows + chunk.tokens[i] * p.dstate, dtokens[i], bytes);
+    }
+    for_each_padding(p, item, chunk,
+                     [&](int64_t t) { std::memset(rows + t * p.dstate, 0, bytes); });
+  }
+
+  void store_item(bool has_initial, int64_t initial, bool no_gradient) {
+    for (int64_t h = 0; h < item.heads; ++h) {
+      const int64_t head = item.head + h, row = item.sequence * p.nheads + head;
+      workspace[at.dA + row] = static_cast<S>(dA[0][h]);
+      workspace[at.ddt_bias + row] = static_cast<S>(ddt_bias[0][h]);
+      for (int64_t k = 0; k < p.headdim && p.dD; ++k) {
+        workspace[at.dD + row * p.headdim + k] = static_cast<S>(dD[h][k]);
+      }
+      if (has_initial) {
+        store_state(p.dinitial_states, initial, head, p.headdim, p.dstate,
+                    no_gradient ? nullptr : dstate(h), dstates.stride);
+      }
+    }
+  }
+};
+
+// ---- Sums of the partial sums, in a fixed order
+
+/// dB or dC of tokens [begin, end) of one batch row and group: sums over the blocks of heads.
+template <class S>
+void reduce_tokens(const SsdChunkScanParams& p, int64_t b, int64_t group, int64_t begin,
+                   int64_t end, const S* partials, const View<4>& gradient, S* sums) {
+  const SsdChunkScanBlocks blocks = ssd_chunk_scan_bwd_blocks(p);
+  partials += (b * blocks.per_sequence + group * blocks.per_group) * p.seqlen * p.dstate;
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t n = 0; n < p.dstate; ++n) sums[n] = S(0);
+    for (int64_t block = 0; block < blocks.per_group; ++block) {
+      const S* const partial = partials + (block * p.seqlen + t) * p.dstate;
+      for (int64_t n = 0; n < p.dstate; ++n) sums[n] += partial[n];
+    }
+    store_row(token_rows(gradient, b, group, p.dstate), t, sums);
+  }
+}
+
+/// dA, ddt_bias and dD of one head: sums over the sequences.
+template <class S>
+void reduce_head(const SsdChunkScanParams& p, const SsdChunkScanWorkspace& at, const S* workspace,
+                 int64_t head) {
+  const auto sum = [&](int64_t partials, int64_t count, int64_t i) {
+    double total = 0;
+    for (int64_t s = 0; s < p.num_sequences; ++s) {
+      total += workspace[partials + (s * p.nheads + head) * count + i];
+    }
+    return total;
+  };
+  store_as(p.dA.data, p.dA.dtype, head * p.dA.stride[0], sum(at.dA, 1, 0));
+  if (p.ddt_bias) {
+    store_as(p.ddt_bias.data, p.ddt_bias.dtype, head * p.ddt_bias.stride[0],
+             sum(at.ddt_bias, 1, 0));
+  }
+  if (!p.dD) return;
+  double over_channels = 0;
+  for (int64_t k = 0; k < p.headdim; ++k) {
+    const double dD = sum(at.dD, p.headdim, k);
+    over_channels += dD;
+    if (p.D_per_channel) {
+      store_as(p.dD.data, p.dD.dtype, head * p.dD.stride[0] + k * p.dD.stride[1], dD);
+    }
+  }
+  if (!p.D_per_channel) store_as(p.dD.data, p.dD.dtype, head * p.dD.stride[0], over_channels);
+}
+
 /// f(float or double) for the type that a call computes in.
 template <class F>
 void with_type(const SsdChunkScanParams& p, F f) {
@@ -639,6 +1083,44 @@ void ssd_chunk_scan_fwd_cpu(const SsdChunkScanParams& p, int64_t begin, int64_t 
   with_type(p, [&](auto type) {
     Forward<decltype(type)> forward(p, blocks.block);
     for (int64_t i = begin; i < end; ++i) forward.run(item_of(p, blocks, i));
+  });
+}
+
+void ssd_chunk_scan_bwd_cpu(const SsdChunkScanParams& p, void* workspace, int64_t begin,
+                            int64_t end) noexcept {
+  const SsdChunkScanBlocks blocks = ssd_chunk_scan_bwd_blocks(p);
+  int64_t most_chunks = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t chunks = count_chunks(p, item_of(p, blocks, i));
+    if (chunks > most_chunks) most_chunks = chunks;
+  }
+  with_type(p, [&](auto type) {
+    Backward<decltype(type)> backward(p, blocks.block, most_chunks, workspace);
+    for (int64_t i = begin; i < end; ++i) backward.run(item_of(p, blocks, i));
+  });
+}
+
+// Work items: tiles of tokens, then heads.
+void ssd_chunk_scan_bwd_reduce_cpu(const SsdChunkScanParams& p, void* workspace, int64_t begin,
+                                   int64_t end) noexcept {
+  const SsdChunkScanWorkspace at = ssd_chunk_scan_bwd_layout(p);
+  const int64_t tiles = ceil_div(p.seqlen, kSsdReduceTokens);
+  const int64_t token_items = p.batch * p.ngroups * tiles;
+  with_type(p, [&](auto type) {
+    using S = decltype(type);
+    const S* const partials = static_cast<const S*>(workspace);
+    Matrix<S> sums(1, p.dstate);
+    for (int64_t i = begin; i < end; ++i) {
+      if (i >= token_items) {
+        reduce_head(p, at, partials, i - token_items);
+        continue;
+      }
+      const int64_t b = i / tiles / p.ngroups, group = i / tiles % p.ngroups;
+      const int64_t first = i % tiles * kSsdReduceTokens;
+      const int64_t last = least(first + kSsdReduceTokens, p.seqlen);
+      reduce_tokens(p, b, group, first, last, partials + at.dB, p.dB, sums[0]);
+      reduce_tokens(p, b, group, first, last, partials + at.dC, p.dC, sums[0]);
+    }
   });
 }
 

@@ -384,6 +384,31 @@ Results run(const CpuKernels& kernels, const Case& c, Inputs& in, bool one_by_on
   p.final_states = r.final_states.view();
   run_items(ssd_chunk_scan_fwd_items(p), one_by_one,
             [&](int64_t begin, int64_t end) { kernels.ssd_chunk_scan_fwd(p, begin, end); });
+
+  p.out = {};
+  p.final_states = {};
+  p.dout = in.dout.view();
+  if (c.expanded) p.dout.stride[1] = p.dout.stride[3] = 0;
+  p.dfinal_states = in.dfinal_states.view();
+  p.dx = r.dx.view();
+  p.dz = r.dz.view();
+  p.ddt = r.ddt.view();
+  p.dA = r.dA.view();
+  p.dB = r.dB.view();
+  p.dC = r.dC.view();
+  p.dD = D_view(c, r.dD);
+  p.ddt_bias = r.ddt_bias.view();
+  p.dinitial_states = r.dinitial_states.view();
+  const DType sum_type = accumulate_type(c.dtype);
+  const size_t bytes = ssd_chunk_scan_bwd_cpu_workspace(p);
+  Array<1> workspace(sum_type, {static_cast<int64_t>(bytes / size_of(sum_type))});
+  run_items(ssd_chunk_scan_bwd_items(p), one_by_one, [&](int64_t begin, int64_t end) {
+    kernels.ssd_chunk_scan_bwd(p, workspace.view().data, begin, end);
+  });
+  run_items(ssd_chunk_scan_bwd_reduce_items(p), one_by_one, [&](int64_t begin, int64_t end) {
+    kernels.ssd_chunk_scan_bwd_reduce(p, workspace.view().data, begin, end);
+  });
+  CHECK(workspace.red_zones_intact());
   return r;
 }
 
@@ -391,9 +416,18 @@ template <class F>
 void for_each_result(const Results& a, const Results& b, F f) {
   f("out", a.out, b.out);
   f("final_states", a.final_states, b.final_states);
+  f("dx", a.dx, b.dx);
+  f("dz", a.dz, b.dz);
+  f("ddt", a.ddt, b.ddt);
+  f("dA", a.dA, b.dA);
+  f("dB", a.dB, b.dB);
+  f("dC", a.dC, b.dC);
+  f("dD", a.dD, b.dD);
+  f("ddt_bias", a.ddt_bias, b.ddt_bias);
+  f("dinitial_states", a.dinitial_states, b.dinitial_states);
 }
 
-TEST_CASE("ssd_chunk_scan, forward", "[ssd_chunk_scan]") {
+TEST_CASE("ssd_chunk_scan, forward and backward", "[ssd_chunk_scan]") {
   for (const Case& c : cases()) {
     Inputs in = make_inputs(c);
     const Results expected = reference(c, in);
