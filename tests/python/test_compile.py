@@ -179,7 +179,7 @@ def test_compiled_chunk_scan(device):
         )
 
     compiled = torch.compile(program, fullgraph=True, dynamic=True, backend=counter)
-    for seqlen, num_sequences in ((5, 3), (7, 2), (19, 5), (33, 4), (64, 3), (71, 9)):
+    for seqlen, num_sequences in ((19, 7), (7, 9), (64, 8), (33, 12), (11, 10), (71, 30)):
         case = cases.Ssd(batch=1, seqlen=seqlen, num_sequences=num_sequences)
         a = case.call(device).arguments
         outcomes = []
