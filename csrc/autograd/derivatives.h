@@ -28,4 +28,13 @@ selective_scan_bwd(const Tensor& dout, const OptionalTensor& dlast_state, const 
                    const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
                    const OptionalTensor& seq_idx, bool delta_softplus);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor,
+           OptionalTensor>
+ssd_chunk_scan_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x,
+                   const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                   const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
+                   const OptionalTensor& initial_states, const OptionalTensor& seq_idx,
+                   const OptionalTensor& cu_seqlens, bool dt_softplus, double dt_min,
+                   std::optional<double> dt_max);
+
 }  // namespace mamba_ssm

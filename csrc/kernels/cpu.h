@@ -10,6 +10,7 @@
 #include "causal_conv1d.h"
 #include "selective_scan.h"
 #include "selective_state_update.h"
+#include "ssd_chunk_scan.h"
 
 namespace mamba_ssm::kernels {
 
@@ -28,6 +29,11 @@ struct CpuKernels {
                                     int64_t end) noexcept;
   void (*selective_state_update)(const SelectiveStateUpdateParams&, int64_t begin,
                                  int64_t end) noexcept;
+  void (*ssd_chunk_scan_fwd)(const SsdChunkScanParams&, int64_t begin, int64_t end) noexcept;
+  void (*ssd_chunk_scan_bwd)(const SsdChunkScanParams&, void* workspace, int64_t begin,
+                             int64_t end) noexcept;
+  void (*ssd_chunk_scan_bwd_reduce)(const SsdChunkScanParams&, void* workspace, int64_t begin,
+                                    int64_t end) noexcept;
 };
 
 /// The table for the widest instruction set of this machine.

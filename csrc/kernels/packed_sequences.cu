@@ -39,6 +39,31 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// cu_seqlens[r], in the row.
+__device__ int64_t offset_of(const SequenceMarksParams& p, int64_t r) {
+  const int64_t i = r * p.cu_seqlens.stride[0];
+  const int64_t value = p.cu_seqlens.dtype == DType::kInt64
+                            ? static_cast<const int64_t*>(p.cu_seqlens.data)[i]
+                            : static_cast<const int32_t*>(p.cu_seqlens.data)[i];
+  return value < 0 ? 0 : value > p.seqlen ? p.seqlen : value;
+}
+
+/// The first token of each sequence of cu_seqlens that is not padding continues. A warp owns a
+/// sequence.
+__global__ void __launch_bounds__(kThreads) sequence_starts_kernel(const SequenceMarksParams p) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t r = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize;
+  if (r >= p.num_sequences) return;
+  const int64_t end = offset_of(p, r + 1);
+  for (int64_t begin = offset_of(p, r); begin < end; begin += kWarpSize) {
+    const int64_t t = begin + lane;
+    const unsigned real = __ballot_sync(kAllLanes, t < end && p.marks[t] != kPadding);
+    if (real == 0) continue;
+    if (lane == __ffs(real) - 1) p.marks[t] = kContinue;
+    return;
+  }
+}
+
 }  // namespace
 
 CudaStatus sequence_marks_cuda(const SequenceMarksParams& p, CudaStream stream) {
@@ -47,6 +72,11 @@ CudaStatus sequence_marks_cuda(const SequenceMarksParams& p, CudaStream stream) 
   const int64_t blocks = (p.batch * spans + kWarps - 1) / kWarps;
   sequence_marks_kernel<<<static_cast<unsigned>(blocks), kThreads, 0,
                           static_cast<cudaStream_t>(stream)>>>(p, spans);
+  if (p.cu_seqlens && p.num_sequences > 0) {
+    const int64_t sequence_blocks = (p.num_sequences + kWarps - 1) / kWarps;
+    sequence_starts_kernel<<<static_cast<unsigned>(sequence_blocks), kThreads, 0,
+                             static_cast<cudaStream_t>(stream)>>>(p);
+  }
   return cudaGetLastError();
 }
 

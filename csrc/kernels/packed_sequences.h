@@ -13,13 +13,16 @@ enum SequenceMark : uint8_t {
 };
 
 /// marks[b,t] from seq_idx[b,:t+1]. The first token that is not padding continues: initial states
-/// belong to the first sequence of a row, whatever its id.
+/// belong to the first sequence of a row, whatever its id. With cu_seqlens (batch 1) that holds for
+/// every range [cu_seqlens[r], cu_seqlens[r+1]), which has an initial state of its own.
 ///
-///   seq_idx  (batch, seqlen)  int32 or int64
-///   marks    (batch, seqlen)  uint8, contiguous
+///   seq_idx     (batch, seqlen)      int32 or int64
+///   cu_seqlens  (num_sequences + 1)  int32 or int64; optional; values are clamped to [0, seqlen]
+///   marks       (batch, seqlen)      uint8, contiguous
 struct SequenceMarksParams {
-  int64_t batch, seqlen;
+  int64_t batch, seqlen, num_sequences;
   View<2> seq_idx;
+  View<1> cu_seqlens;
   uint8_t* marks;
 };
 

@@ -1,6 +1,8 @@
 // Marks of packed sequences, CPU. Work item: one row.
 #include "packed_sequences.h"
 
+#include <algorithm>
+
 namespace mamba_ssm::kernels {
 namespace {
 
@@ -20,6 +22,15 @@ void mark_row(const Index* seq_idx, int64_t stride, int64_t seqlen, uint8_t* mar
   }
 }
 
+/// cu_seqlens[r], in the row.
+int64_t offset_of(const SequenceMarksParams& p, int64_t r) {
+  const int64_t i = r * p.cu_seqlens.stride[0];
+  const int64_t value = p.cu_seqlens.dtype == DType::kInt64
+                            ? static_cast<const int64_t*>(p.cu_seqlens.data)[i]
+                            : static_cast<const int32_t*>(p.cu_seqlens.data)[i];
+  return std::clamp<int64_t>(value, 0, p.seqlen);
+}
+
 }  // namespace
 
 void sequence_marks_cpu(const SequenceMarksParams& p, int64_t begin, int64_t end) noexcept {
@@ -32,6 +43,13 @@ void sequence_marks_cpu(const SequenceMarksParams& p, int64_t begin, int64_t end
     } else {
       mark_row(static_cast<const int32_t*>(p.seq_idx.data) + offset, p.seq_idx.stride[1], p.seqlen,
                marks);
+    }
+    if (!p.cu_seqlens) continue;
+    for (int64_t r = 0; r < p.num_sequences; ++r) {
+      const int64_t last = offset_of(p, r + 1);
+      int64_t t = offset_of(p, r);
+      while (t < last && marks[t] == kPadding) ++t;
+      if (t < last) marks[t] = kContinue;
     }
   }
 }

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "packed_sequences.h"
 #include "run.h"
 
 namespace mamba_ssm::ops {
@@ -132,29 +133,10 @@ Tensor causal_conv1d_update(Tensor x, Tensor conv_state, Tensor weight, Optional
   return out;
 }
 
-/// The offsets start at 0, do not decrease and end at `total`.
-void check_offsets(const StableChecks& checks, const Tensor& cu_seqlens, int64_t total) {
-  int64_t previous = 0;
-  for (int64_t i = 0; i < cu_seqlens.size(0); ++i) {
-    const int64_t value = index_at(cu_seqlens, i);
-    const std::string got = "cu_seqlens[" + std::to_string(i) + "] = " + std::to_string(value);
-    if (i == 0 && value != 0) checks.fail("cu_seqlens must start at 0, got " + got);
-    if (value < previous) {
-      checks.fail("cu_seqlens must not decrease, got " + got + " after " +
-                  std::to_string(previous));
-    }
-    previous = value;
-  }
-  if (previous != total) {
-    checks.fail("cu_seqlens must end at total_tokens = " + std::to_string(total) + ", got " +
-                std::to_string(previous));
-  }
-}
-
 Tensor causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int64_t state_len) {
   const StableChecks checks("causal_conv1d_varlen_states", "x", x);
   check_causal_conv1d_varlen_states(checks, x, cu_seqlens, state_len);
-  if (cu_seqlens.is_cpu()) check_offsets(checks, cu_seqlens, x.size(0));
+  check_offsets(checks, cu_seqlens, "total_tokens", x.size(0));
   CausalConv1dVarlenStatesParams p{};
   p.total_tokens = x.size(0);
   p.dim = x.size(1);

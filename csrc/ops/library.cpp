@@ -39,4 +39,18 @@ STABLE_TORCH_LIBRARY(mamba_ssm, m) {
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, Tensor? state_batch_indices=None, "
       "*, bool dt_softplus=False) -> Tensor");
+
+  // Schemas know no infinite default: without dt_max there is no upper limit.
+  m.def(
+      "ssd_chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? dt_bias=None, Tensor? initial_states=None, Tensor? seq_idx=None, "
+      "Tensor? cu_seqlens=None, *, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None) "
+      "-> (Tensor out, Tensor final_states)");
+  m.def(
+      "ssd_chunk_scan_bwd(Tensor dout, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, "
+      "Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, "
+      "Tensor? initial_states=None, Tensor? seq_idx=None, Tensor? cu_seqlens=None, *, "
+      "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None) -> (Tensor dx, Tensor ddt, "
+      "Tensor dA, Tensor dB, Tensor dC, Tensor? dD, Tensor? dz, Tensor? ddt_bias, "
+      "Tensor? dinitial_states)");
 }

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "kernels/packed_sequences.h"
+#include "packed_sequences.h"
 #include "run.h"
 
 namespace mamba_ssm::ops {
@@ -47,7 +47,6 @@ int64_t groups_of(const Tensor& M) {
 struct Scan {
   SelectiveScanSizes<int64_t> sizes;
   SelectiveScanParams p{};
-  OptionalTensor marks{};  // keeps p.marks alive
 };
 
 Scan check(const StableChecks& checks, const Tensor& u, const Tensor& delta, const Tensor& A,
@@ -80,27 +79,6 @@ Scan check(const StableChecks& checks, const Tensor& u, const Tensor& delta, con
   return scan;
 }
 
-/// Turns seq_idx into the marks that the kernels read.
-void mark_sequences(const StableChecks& checks, Scan& scan, const OptionalTensor& seq_idx) {
-  if (!seq_idx) return;
-  kernels::SequenceMarksParams p{};
-  p.batch = scan.p.batch;
-  p.seqlen = scan.p.seqlen;
-  p.seq_idx = view<2>(*seq_idx);
-  scan.marks = allocate(checks.op(), *seq_idx, {p.batch, p.seqlen}, ScalarType::Byte);
-  p.marks = static_cast<uint8_t*>(scan.marks->data_ptr());
-  scan.p.marks = p.marks;
-  if constexpr (kWithCuda) {
-    if (seq_idx->is_cuda()) {
-      const CudaScope scope(*seq_idx);
-      check_launch(checks.op(), kernels::sequence_marks_cuda(p, scope.stream()));
-      return;
-    }
-  }
-  parallel(p.batch, p.batch * p.seqlen,
-           [&](int64_t begin, int64_t end) { kernels::sequence_marks_cpu(p, begin, end); });
-}
-
 int64_t work_of(const SelectiveScanParams& p) { return p.batch * p.dim * p.seqlen * p.dstate; }
 
 std::tuple<Tensor, Tensor, OptionalTensor> forward(
@@ -112,7 +90,8 @@ std::tuple<Tensor, Tensor, OptionalTensor> forward(
   Scan scan =
       check(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus);
   SelectiveScanParams& p = scan.p;
-  mark_sequences(checks, scan, seq_idx);
+  const OptionalTensor marks = mark_sequences(checks, seq_idx);
+  if (marks) p.marks = static_cast<const uint8_t*>(marks->data_ptr());
   Tensor out = allocate_like(op, u);
   Tensor last_state = allocate(op, u, {p.batch, p.dim, p.dstate}, scan.sizes.state_type);
   OptionalTensor states;
@@ -169,7 +148,8 @@ Gradients selective_scan_bwd(Tensor dout, OptionalTensor dlast_state, Tensor sta
       check(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus);
   SelectiveScanParams& p = scan.p;
   check_selective_scan_gradients(checks, scan.sizes, u, dout, dlast_state, states);
-  mark_sequences(checks, scan, seq_idx);
+  const OptionalTensor marks = mark_sequences(checks, seq_idx);
+  if (marks) p.marks = static_cast<const uint8_t*>(marks->data_ptr());
 
   const auto like = [&](const OptionalTensor& tensor) {
     return tensor ? OptionalTensor(allocate_like(checks.op(), *tensor)) : OptionalTensor();

@@ -103,7 +103,7 @@ def packed_ids(draw, batch, seqlen, packing):
 def cuts(draw, count, total):
     """cu_seqlens of `count` sequences with `total` tokens; some are empty."""
     inner = sorted(draw.random.randint(0, total) for _ in range(count - 1))
-    return torch.tensor([0, *inner, total])
+    return torch.tensor([0, *inner, total][: count + 1])
 
 
 def slots(draw, batch, num_slots):
@@ -485,6 +485,98 @@ class StateUpdate(Case):
         if name in ("A", "D", "dt_bias") and self.dtype != torch.float64:
             return torch.float32
         return self.dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ssd(Case):
+    op: ClassVar[str] = "ssd_chunk_scan"
+    results: ClassVar[tuple[str, ...]] = ("out", "final_states")
+    differentiable: ClassVar[tuple[str, ...]] = (
+        "x",
+        "dt",
+        "A",
+        "B",
+        "C",
+        "D",
+        "z",
+        "dt_bias",
+        "initial_states",
+    )
+
+    batch: int = 2
+    seqlen: int = 19
+    nheads: int = 4
+    headdim: int = 5
+    ngroups: int = 2
+    dstate: int = 4
+    D: str | None = "head"  # "head": (nheads); "channel": (nheads, headdim)
+    z: bool = True
+    dt_bias: bool = True
+    dt_softplus: bool = True
+    limits: bool = False  # dt_min and dt_max where they cut off some steps
+    initial_states: bool | str = True  # "first": with cu_seqlens, of the first sequence alone
+    packing: str | None = None
+    num_sequences: int | None = None  # of cu_seqlens, with batch 1
+    wide_dt: bool = False  # from far below to far above the threshold of softplus
+    projection: bool = False  # x, z, B, C and dt are slices of one tensor, as in a module
+
+    def values(self, draw):
+        exact, softplus = self.exact, self.dt_softplus
+        normal = draw.sparse if exact else draw.normal
+        batch, seqlen, nheads, dstate = self.batch, self.seqlen, self.nheads, self.dstate
+        shape, matrix = (batch, seqlen, nheads, self.headdim), (batch, seqlen, self.ngroups, dstate)
+        values = {"x": normal(*shape), "dt_softplus": softplus}
+        if exact:  # softplus leaves 32 as it is and makes of -256 a zero of float32
+            values["dt"] = draw.choice([32, 32, -256] if softplus else [1, 1, 2], *shape[:3])
+            values["A"] = draw.choice([0, 0, -1024], nheads)  # decays 1 and 0
+        else:
+            low, high = (-120, 40) if self.wide_dt else (-3, 2) if softplus else (-0.05, 0.6)
+            values["dt"] = draw.uniform(low, high, *shape[:3])
+            values["A"] = -draw.uniform(0.05, 1.5, nheads)
+        for name in ("B", "C"):
+            values[name] = normal(*matrix) / (1 if exact else math.sqrt(max(dstate, 1)))
+        if self.D:
+            values["D"] = normal(nheads) if self.D == "head" else normal(nheads, self.headdim)
+        if self.z:  # silu leaves 24 as it is in float32
+            values["z"] = draw.choice([0, 24], *shape) if exact else normal(*shape)
+        if self.dt_bias:
+            if exact:
+                values["dt_bias"] = draw.choice([0, 32] if softplus else [0, 2], nheads)
+            else:
+                values["dt_bias"] = draw.uniform(-0.1, 0.1, nheads)
+        if self.limits:
+            low, high = (32, 64) if exact and softplus else (2, 3) if exact else (0.1, 0.5)
+            values |= {"dt_min": float(low), "dt_max": float(high)}
+        if self.num_sequences is not None:
+            values["cu_seqlens"] = cuts(draw, self.num_sequences, seqlen)
+        if self.initial_states:
+            rows = 1 if self.initial_states == "first" else self.result_shapes()["final_states"][0]
+            values["initial_states"] = normal(rows, nheads, self.headdim, dstate)
+        if self.packing:
+            values["seq_idx"] = packed_ids(draw, batch, seqlen, self.packing)
+        return values
+
+    def call(self, device="cpu"):
+        call = super().call(device)
+        if self.projection:
+            names = [name for name in ("z", "x", "B", "C", "dt") if name in call.arguments]
+            parts = [call.arguments[name].flatten(2).to(self.dtype) for name in names]
+            whole = call.arena.place("zxBCdt", torch.cat(parts, dim=-1))
+            for name, part in zip(names, whole.split([p.shape[-1] for p in parts], dim=-1)):
+                call.arguments[name] = part.unflatten(2, call.arguments[name].shape[2:])
+        return call
+
+    def own_dtype(self, name, values):
+        if name in ("A", "D", "dt_bias", "initial_states") and self.dtype != torch.float64:
+            return torch.float32
+        return self.dtype
+
+    def result_shapes(self):
+        rows = self.batch if self.num_sequences is None else self.num_sequences
+        return {
+            "out": (self.batch, self.seqlen, self.nheads, self.headdim),
+            "final_states": (rows, self.nheads, self.headdim, self.dstate),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,11 @@ def _report(where, what, actual, expected, wrong, note):
 
 
 def longest_sum(argument):
-    """A bound for the terms of a sum over one axis, or over rows and time."""
-    return max([*argument.shape, argument.shape[0] * argument.shape[-1]])
+    """A bound for the terms of a sum over one axis, or over rows and time (last, or second of 4)."""
+    rows_and_time = [argument.shape[0] * argument.shape[-1]]
+    if argument.dim() == 4:
+        rows_and_time.append(argument.shape[0] * argument.shape[1])
+    return max([*argument.shape, *rows_and_time])
 
 
 def run(call):

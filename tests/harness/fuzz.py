@@ -8,11 +8,12 @@ import torch
 from . import cases, poison
 
 _WEIGHTS = {
-    "causal_conv1d": 28,
-    "causal_conv1d_update": 16,
+    "causal_conv1d": 22,
+    "causal_conv1d_update": 12,
     "causal_conv1d_varlen_states": 4,
-    "selective_scan": 34,
-    "selective_state_update": 16,
+    "selective_scan": 26,
+    "selective_state_update": 12,
+    "ssd_chunk_scan": 22,
     "mamba_inner": 2,
 }
 
@@ -23,10 +24,13 @@ QUOTAS = {
     **{f"layout {layout}": 120 for layout in poison.LAYOUTS},
     "packed": 120,
     "padded": 60,
+    "cu_seqlens": 40,
     "state in": 250,
-    "slots with -1": 60,
-    "ring": 20,
-    "complex A": 40,
+    "slots with -1": 45,
+    "ring": 12,
+    "complex A": 30,
+    "step limits": 40,
+    "slices of one tensor": 20,
     "exact": 300,
     "empty": 20,
     "long": 10,
@@ -213,6 +217,41 @@ def _state_update(rng, dtype):
     }
 
 
+def _ssd(rng, dtype):
+    seqlen = _length(rng)
+    groups = rng.choice([1, 1, 2, 3])
+    dt_softplus = _flag(rng)
+    num_sequences = rng.choice([1, 2, 3, 7]) if _flag(rng, 0.35) else None
+    dstate = rng.choice([1, 2, 3, 4, 8, 15, 16, 16, 17, 32, 37, 64, 128])
+    projection = _flag(rng, 0.2)
+    return {
+        "type": cases.Ssd,
+        "names": (*cases.Ssd.differentiable, "seq_idx", "cu_seqlens", "dout", "dfinal_states"),
+        "parameters": ("A", "D", "dt_bias"),
+        "states": {
+            "initial_states": lambda dtype: (dtype, torch.float32),
+            "dt": lambda dtype: (dtype,) if projection else (dtype, torch.float32),
+        },
+        "batch": _fewer(seqlen, _size(rng, 4)) if num_sequences is None else 1,
+        "seqlen": seqlen,
+        "nheads": groups * _fewer(seqlen, _size(rng, 6 if dstate < 64 else 2)),
+        "headdim": _fewer(seqlen, _size(rng, 70)),
+        "ngroups": groups,
+        "dstate": min(dstate, 16) if seqlen > 70 else dstate,
+        "D": rng.choice([None, "head", "channel"]),
+        "z": _flag(rng),
+        "dt_bias": _flag(rng),
+        "dt_softplus": dt_softplus,
+        "limits": _flag(rng, 0.3),
+        "initial_states": rng.choice([False, True, "first" if num_sequences else True]),
+        "packing": _packing(rng),
+        "num_sequences": num_sequences,
+        "wide_dt": dt_softplus and _flag(rng, 0.2),
+        "projection": projection,
+        "only_result": rng.choice([None, None, "out", "final_states"]),
+    }
+
+
 def _inner(rng, dtype):
     rms = _flag(rng)
     fewest = 4 if rms else 1  # the gradient of a norm of one or two numbers is all cancellation
@@ -248,23 +287,30 @@ _MAKERS = {
     "causal_conv1d_varlen_states": _varlen_states,
     "selective_scan": _scan,
     "selective_state_update": _state_update,
+    "ssd_chunk_scan": _ssd,
     "mamba_inner": _inner,
 }
 
 
 def properties(case):
     """The quotas that a case counts for."""
-    sizes = [getattr(case, n, 1) for n in ("batch", "dim", "seqlen", "total_tokens")]
+    names = ("batch", "dim", "headdim", "seqlen", "total_tokens")
+    sizes = [getattr(case, name, 1) for name in names]
     packing = getattr(case, "packing", None)
     having = {
         "packed": packing is not None,
+        "cu_seqlens": getattr(case, "num_sequences", None) is not None,
         "padded": packing in ("padded", "blank"),
-        "state in": getattr(case, "initial_states", False)
-        or getattr(case, "initial_state", False)
-        or bool(case.mutable),
+        "state in": bool(
+            getattr(case, "initial_states", False)
+            or getattr(case, "initial_state", False)
+            or case.mutable
+        ),
         "slots with -1": getattr(case, "num_slots", None) is not None,
         "ring": getattr(case, "ring", False),
         "complex A": getattr(case, "complex_A", False),
+        "step limits": getattr(case, "limits", False),
+        "slices of one tensor": getattr(case, "projection", False),
         "exact": case.exact,
         "empty": 0 in sizes,
         "long": max(s or 0 for s in sizes) > 100,

@@ -133,6 +133,8 @@ def _evaluate_serially(
 
 def result_dtype(op, result, dtypes):
     """The type that the contract gives a result, from the types of the arguments by name."""
+    if result == "final_states" and op == "ssd_chunk_scan":
+        return torch.float64 if dtypes["x"] == torch.float64 else torch.float32
     if op == "selective_scan" and result == "last_state":
         wide = dtypes["u"] == torch.float64
         if dtypes["A"].is_complex:
@@ -336,6 +338,72 @@ def selective_scan(
     return {"out": y, "last_state": last_state}
 
 
+def _heads(h, x, d, A, B, C):
+    """h (nheads, headdim, dstate) and one list of tokens -> [y (nheads, headdim)], last h."""
+    y = []
+    for x_t, d_t, B_t, C_t in zip(x, d, B, C):
+        decay = torch.exp(d_t * A)[:, None, None]
+        h = decay * h + (d_t[:, None] * x_t)[:, :, None] * B_t[:, None, :]
+        y.append((h * C_t[:, None, :]).sum(-1))
+    return y, h
+
+
+def ssd_chunk_scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    dt_softplus=False,
+    dt_min=0.0,
+    dt_max=None,
+):
+    batch, seqlen, nheads, headdim = x.shape
+    d = dt if dt_bias is None else dt + dt_bias
+    if dt_softplus:
+        d = softplus(d)
+    d = d.clamp(dt_min, dt_max)
+    head_group = [h // (nheads // B.shape[2]) for h in range(nheads)]
+    B, C = B[:, :, head_group], C[:, :, head_group]
+
+    if cu_seqlens is None:
+        sequences = [(b, 0, seqlen) for b in range(batch)]
+    else:
+        bounds = cu_seqlens.tolist()
+        sequences = [(0, begin, end) for begin, end in zip(bounds, bounds[1:])]
+    y = [[x.new_zeros(nheads, headdim)] * seqlen for _ in range(batch)]
+    final_states = [x.new_zeros(0, nheads, headdim, B.shape[-1])]
+    for number, (b, begin, end) in enumerate(sequences):
+        h = x.new_zeros(nheads, headdim, B.shape[-1])
+        if initial_states is not None and number < len(initial_states):
+            h = initial_states[number]
+        ids = [0] * seqlen if seq_idx is None else seq_idx[b].tolist()
+        for i, (first, last) in enumerate(real_runs(ids[begin:end])):
+            if i > 0:
+                h = torch.zeros_like(h)
+            where = [t for t in range(begin + first, begin + last + 1) if ids[t] >= 0]
+            ys, h = _heads(h, x[b, where], d[b, where], A, B[b, where], C[b, where])
+            for t, y_t in zip(where, ys):
+                y[b][t] = y_t
+        final_states.append(h[None])
+    rows = [torch.stack(row) for row in y if row]
+    y = torch.stack(rows) if rows else x + 0
+
+    if D is not None:
+        y = y + (D if D.dim() == 2 else D[:, None]) * x
+    if z is not None:
+        y = y * (z * torch.sigmoid(z))
+    if seq_idx is not None:
+        y = torch.where((seq_idx >= 0)[..., None, None], y, 0)
+    return {"out": y, "final_states": torch.cat(final_states)}
+
+
 def selective_state_update(
     state,
     x,
@@ -446,5 +514,6 @@ REFERENCES = {
     "causal_conv1d_varlen_states": causal_conv1d_varlen_states,
     "selective_scan": selective_scan,
     "selective_state_update": selective_state_update,
+    "ssd_chunk_scan": ssd_chunk_scan,
     "mamba_inner": mamba_inner,
 }

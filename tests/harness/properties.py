@@ -37,6 +37,17 @@ PER_ROW = {
         "state_batch_indices",
         "out",
     },
+    "ssd_chunk_scan": {
+        "x",
+        "dt",
+        "B",
+        "C",
+        "z",
+        "initial_states",
+        "seq_idx",
+        "out",
+        "final_states",
+    },
     "mamba_inner": {"xz", "B", "C", "out"},
 }
 

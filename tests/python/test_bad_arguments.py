@@ -151,6 +151,53 @@ STATE_UPDATE_ROWS = [
     ("fewer slots than rows", "state", lambda t: t[:2], ["3", "2"], {"state_batch_indices": None}),
 ]
 
+SSD = cases.Ssd(batch=2, seqlen=19, nheads=6, headdim=5, ngroups=3, dstate=4, packing="packed")
+SSD_ROWS = [
+    ("rank", "x", lambda t: t[0], ["(19, 6, 5)"]),
+    ("integer", "x", lambda t: t.int(), ["float32", "int32"]),
+    ("complex", "x", lambda t: t.to(torch.complex64), ["float32", "complex64"]),
+    ("shape", "dt", lambda t: t[:, 1:], ["(2, 19, 6)", "(2, 18, 6)"]),
+    ("per channel", "dt", lambda t: t[..., None], ["(2, 19, 6)", "(2, 19, 6, 1)"]),
+    ("dtype", "dt", lambda t: t.half(), ["float32", "float16"]),
+    ("size", "A", lambda t: t[:5], ["(6)|(6,)", "(5)|(5,)"]),
+    ("per state", "A", lambda t: t[:, None], ["(6)|(6,)", "(6, 1)"]),
+    ("float64 among float32", "A", lambda t: t.double(), ["float32", "float64"]),
+    ("rank", "B", lambda t: t[:, :, 0], ["(2, 19, 4)"]),
+    ("seqlen", "B", lambda t: t[:, 1:], ["(2, 19, 3, 4)", "(2, 18, 3, 4)"]),
+    ("batch", "B", lambda t: t[:1], ["(2, 19, 3, 4)", "(1, 19, 3, 4)"]),
+    ("groups do not divide", "B", lambda t: t[:, :, [0, 1, 2, 0]], ["6", "4"]),
+    ("no groups", "B", lambda t: t[:, :, :0], ["0"]),
+    ("no states", "B", lambda t: t[..., :0], ["dstate >= 1", "(2, 19, 3, 0)"]),
+    ("dtype", "B", lambda t: t.bfloat16(), ["float32", "bfloat16"]),
+    ("dstate", "C", lambda t: t[..., :3], ["(2, 19, 3, 4)", "(2, 19, 3, 3)"]),
+    ("other groups", "C", lambda t: t[:, :, :1], ["(2, 19, 3, 4)", "(2, 19, 1, 4)"]),
+    ("dtype", "C", lambda t: t.double(), ["float32", "float64"]),
+    ("size", "D", lambda t: t[:5], ["(6)|(6,)", "(5)|(5,)"]),
+    ("headdim", "D", lambda t: t[:, None].expand(6, 4), ["(6, 5)", "(6, 4)"]),
+    ("rank", "D", lambda t: t[:, None, None], ["(6, 1, 1)"]),
+    ("integer", "D", lambda t: t.int(), ["float32", "int32"]),
+    ("shape", "z", lambda t: t[:1], ["(2, 19, 6, 5)", "(1, 19, 6, 5)"]),
+    ("dtype", "z", lambda t: t.half(), ["float32", "float16"]),
+    ("size", "dt_bias", lambda t: t[:5], ["(6)|(6,)", "(5)|(5,)"]),
+    ("dtype", "dt_bias", lambda t: t.double(), ["float32", "float64"]),
+    ("shape", "initial_states", lambda t: t[..., :3], ["(2, 6, 5, 4)", "(2, 6, 5, 3)"]),
+    ("fewer than rows", "initial_states", lambda t: t[:1], ["(2, 6, 5, 4)", "(1, 6, 5, 4)"]),
+    ("rank", "initial_states", lambda t: t[0], ["(6, 5, 4)"]),
+    ("dtype", "initial_states", lambda t: t.double(), ["float32", "float64"]),
+    ("shape", "seq_idx", lambda t: t[:1], ["(2, 19)", "(1, 19)"]),
+    ("float", "seq_idx", lambda t: t.float(), ["int32", "float32"]),
+    ("above dt_max", "dt_min", 3.0, ["3", "2"], {"dt_max": 2.0}),
+    ("not a number", "dt_max", float("nan"), ["nan"]),
+]
+
+SSD_CUT = cases.Ssd(batch=1, seqlen=23, nheads=6, headdim=5, ngroups=3, dstate=4, num_sequences=4)
+SSD_CUT_ROWS = [
+    ("rank", "cu_seqlens", lambda t: t[None], ["(1, 5)"]),
+    ("none", "cu_seqlens", lambda t: t[:0], ["0"]),
+    ("float", "cu_seqlens", lambda t: t.float(), ["int32", "float32"]),
+    ("fewer", "initial_states", lambda t: t[:3], ["(4, 6, 5, 4)", "(3, 6, 5, 4)"]),
+]
+
 INNER = cases.Inner(
     batch=2, dim=6, seqlen=17, width=4, dstate=4, dt_rank=3, d_model=5, proj_bias=True
 )
@@ -179,6 +226,8 @@ TABLES = (
     (SCAN, SCAN_ROWS),
     (COMPLEX, COMPLEX_ROWS),
     (STATE_UPDATE, STATE_UPDATE_ROWS),
+    (SSD, SSD_ROWS),
+    (SSD_CUT, SSD_CUT_ROWS),
     (INNER, INNER_ROWS),
 )
 
@@ -190,14 +239,15 @@ def _rows(derived=False):
         if derived and not case.differentiable:
             continue
         for label, argument, spoil, words, *others in table:
-            label = f"{case.op}-{argument}-{'complex ' if case is COMPLEX else ''}{label}"
+            kind = {id(COMPLEX): "complex ", id(SSD_CUT): "cut "}.get(id(case), "")
+            label = f"{case.op}-{argument}-{kind}{label}"
             values = (case, argument, spoil, words, others[0] if others else {}, derived)
             rows.append(pytest.param(*values, id=label + (" with gradients" if derived else "")))
     return rows
 
 
 def _spoiled(call, argument, spoil):
-    value = call.arguments[argument]
+    value = call.arguments.get(argument)
     return spoil(value) if callable(spoil) else spoil
 
 
@@ -299,18 +349,21 @@ BAD_CUTS = {
 }
 
 
+@pytest.mark.parametrize("case", [VARLEN, SSD_CUT], ids=lambda case: case.op)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("cuts, words", BAD_CUTS.values(), ids=BAD_CUTS.keys())
-def test_bad_cu_seqlens(cuts, words, index_dtype, device):
+def test_bad_cu_seqlens(cuts, words, index_dtype, case, device):
     """Raises on the CPU; on CUDA the values are clamped and no memory error follows."""
-    call = VARLEN.call(device)
+    call = case.call(device)
     cu_seqlens = torch.tensor(cuts, dtype=index_dtype, device=device)
     if device == "cpu":
         with pytest.raises(RuntimeError) as caught:
             call.invoke(cu_seqlens=cu_seqlens)
         check_message(str(caught.value), call.op, "cu_seqlens", words)
     else:
-        assert call.invoke(cu_seqlens=cu_seqlens)["out"].shape == (4, 5, 4)
+        expected = call.invoke()
+        for name, result in call.invoke(cu_seqlens=cu_seqlens).items():
+            assert result.shape == expected[name].shape
         torch.cuda.synchronize()
     call.arena.check()
 
@@ -332,7 +385,7 @@ def test_state_that_overlaps_itself(case, device):
 # Gradients that do not exist --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [CONV, SCAN, COMPLEX, INNER], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [CONV, SCAN, COMPLEX, SSD, INNER], ids=lambda case: case.op)
 def test_no_second_derivative(case, device):
     """Never a silently wrong second derivative."""
     call = case.call(device)
@@ -375,17 +428,18 @@ def test_updates_without_gradients(case, device):
         call.invoke()
 
 
-@pytest.mark.parametrize("op", ["causal_conv1d_bwd", "selective_scan_bwd"])
-def test_backward_ops_have_no_derivative(op, device):
-    call = (CONV if op == "causal_conv1d_bwd" else SCAN).call(device)
+@pytest.mark.parametrize("case", [CONV, SCAN, SSD], ids=lambda case: case.op)
+def test_backward_ops_have_no_derivative(case, device):
+    call = case.call(device)
+    op = f"{call.op}_bwd"
     arguments = dict(call.arguments, dout=call.cotangents["out"])
-    if op == "causal_conv1d_bwd":
-        arguments["dfinal_states"] = None
-        leaf = "x"
-    else:
+    if case is SCAN:
         arguments["dlast_state"] = None
         arguments["states"] = torch.ops.mamba_ssm.selective_scan_fwd(**call.arguments)[2]
         leaf = "u"
+    else:
+        arguments["dfinal_states"] = None
+        leaf = "x"
     arguments[leaf] = arguments[leaf].detach().requires_grad_()
     gradients = getattr(torch.ops.mamba_ssm, op)(**arguments)
     with pytest.raises(RuntimeError, match="twice|not implemented|does not require grad"):
@@ -411,6 +465,25 @@ def test_wrong_gradient_of_selective_scan(argument, spoil, words, device):
     with pytest.raises(RuntimeError) as caught:
         torch.ops.mamba_ssm.selective_scan_bwd(**arguments)
     check_message(str(caught.value), "selective_scan_bwd", argument, words)
+
+
+@pytest.mark.parametrize(
+    "argument, spoil, words",
+    [
+        ("dout", lambda t: t[:, 1:], ["(2, 19, 6, 5)", "(2, 18, 6, 5)"]),
+        ("dout", lambda t: t.half(), ["float32", "float16"]),
+        ("dfinal_states", lambda t: t[:1], ["(2, 6, 5, 4)", "(1, 6, 5, 4)"]),
+        ("dfinal_states", lambda t: t.half(), ["float32", "float16"]),
+    ],
+)
+def test_wrong_gradient_of_ssd_chunk_scan(argument, spoil, words, device):
+    call = SSD.call(device)
+    arguments = dict(call.arguments, dout=call.cotangents["out"])
+    arguments["dfinal_states"] = call.cotangents["final_states"]
+    arguments[argument] = spoil(arguments[argument])
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.mamba_ssm.ssd_chunk_scan_bwd(**arguments)
+    check_message(str(caught.value), "ssd_chunk_scan_bwd", argument, words)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from harness import cases, compare, oracle, poison, properties
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan, mamba_chunk_scan_combined
 
 
 def virtual_empty(elements, dtype, device):
@@ -353,6 +354,220 @@ def test_constant_B_is_in_the_last_state(device):
     torch.testing.assert_close(call.invoke()["last_state"].cpu(), truth)
 
 
+# SSD ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", ["batch", "seqlen", "nheads", "headdim"])
+def test_ssd_index_past_32_bits(axis, distance, device):
+    """Forward and backward, each stride of x, z and dt in turn; also of the incoming gradient."""
+    call = cases.Ssd(batch=2, seqlen=5, nheads=2, headdim=3, dtype=torch.bfloat16).call(device)
+    sizes = {"batch": 2, "seqlen": 5, "nheads": 2, "headdim": 3}
+    strides = {"batch": 64, "seqlen": 8, "nheads": 4, "headdim": 1}
+    strides[axis] = distance // (sizes[axis] - 1) + 64
+    extent = sum((sizes[a] - 1) * strides[a] for a in sizes) + 1
+    expected = compare.run(call)
+    buffer = virtual_empty(extent, torch.bfloat16, device)
+    for name in ("x", "z", "dt") if axis != "headdim" else ("x", "z"):
+        value = call.arguments[name]
+        value = far(value, list(strides.values())[: value.dim()], buffer).detach().requires_grad_()
+        results = call.invoke(**{name: value})
+        for result in results:
+            assert poison.same_bits(results[result], expected.results[result])
+        (gradient,) = torch.autograd.grad(
+            list(results.values()), value, [call.cotangents[n] for n in results]
+        )
+        assert poison.same_bits(gradient, expected.gradients[name])
+    dout = far(call.cotangents["out"], list(strides.values()), buffer)
+    x = call.arguments["x"].detach().requires_grad_()
+    results = call.invoke(x=x)
+    (dx,) = torch.autograd.grad(
+        list(results.values()), x, [dout, call.cotangents["final_states"]]
+    )
+    assert poison.same_bits(dx, expected.gradients["x"])
+
+
+@pytest.mark.parametrize("name", ["B", "C", "initial_states"])
+@pytest.mark.parametrize("axis", range(4))
+def test_ssd_matrix_index_past_32_bits(name, axis, distance, device):
+    call = cases.Ssd(
+        batch=2, seqlen=5, headdim=3, dtype=torch.bfloat16, dtypes={"initial_states": torch.bfloat16}
+    ).call(device)
+    value = call.arguments[name]
+    strides = [512, 64, 8, 1]
+    strides[axis] = distance // (value.shape[axis] - 1) + 64
+    extent = sum((n - 1) * s for n, s in zip(value.shape, strides)) + 1
+    expected = compare.run(call)
+    buffer = virtual_empty(extent, torch.bfloat16, device)
+    value = far(value, strides, buffer).detach().requires_grad_()
+    results = call.invoke(**{name: value})
+    for result in results:
+        assert poison.same_bits(results[result], expected.results[result])
+    (gradient,) = torch.autograd.grad(
+        list(results.values()), value, [call.cotangents[n] for n in results]
+    )
+    assert poison.same_bits(gradient, expected.gradients[name])
+
+
+def run_ssd(a, **options):
+    """mamba_chunk_scan_combined with the arguments of a case, float64 states."""
+    options = {"return_final_states": True, "dt_softplus": True} | options
+    names = ("D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens")
+    arguments = {name: a[name] for name in names if name in a} | options
+    return mamba_chunk_scan_combined(
+        *(a[name] for name in ("x", "dt", "A", "B", "C")), 8, **arguments
+    )
+
+
+@pytest.mark.parametrize("first", [0, 1, 7])
+def test_ssd_initial_states_reach_the_first_sequence(first, device):
+    """Whatever its id: nothing makes id 0 special."""
+    a = cases.Ssd(dtype=torch.float64).call(device).arguments
+    ids = torch.full((2, 19), first, device=device)
+    for actual, expected in zip(run_ssd(a | {"seq_idx": ids}), run_ssd(a)):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_ssd_gradient_with_padding(device):
+    """That of the forward, also through outputs in padding and final states."""
+    for packing in ("padded", "blank"):
+        case = cases.Ssd(packing=packing, seqlen=20, dtype=torch.float64, headdim=2)
+        compare.check_call(case.call(device))
+        properties.gradcheck(case.call(device), fast_mode=True)
+
+
+def test_ssd_final_states_of_a_padded_row(device):
+    """A row that ends in padding hands on the state of its last token, and padding gives 0."""
+    a = cases.Ssd(dtype=torch.float64, seqlen=13).call(device).arguments
+    ids = torch.tensor([[0] * 13, [0] * 6 + [-1] * 7], device=device)
+    out, final = run_ssd(a | {"seq_idx": ids})
+    short = {n: v[1:, :6] if n in ("x", "dt", "B", "C", "z") else v for n, v in a.items()}
+    expected_out, expected = run_ssd(short | {"initial_states": a["initial_states"][1:]})
+    torch.testing.assert_close(final[1:], expected)
+    torch.testing.assert_close(out[1:, :6], expected_out)
+    assert (out[1, 6:] == 0).all()
+
+
+def test_ssd_cu_seqlens_alone_isolates(device):
+    """An enormous state before a boundary leaves no trace behind it, without seq_idx."""
+    bounds = torch.tensor([0, 5, 20], dtype=torch.int32, device=device)
+    outcomes = []
+    for scale in (1.0, 1e30):
+        a = cases.Ssd(batch=1, seqlen=20, initial_states=False).call(device).arguments
+        a["x"][:, :5] *= scale
+        outcomes.append(run_ssd(a | {"cu_seqlens": bounds}, return_varlen_states=True))
+    (out, final, varlen), (other_out, other_final, other_varlen) = outcomes
+    assert poison.same_bits(out[:, 5:], other_out[:, 5:])
+    assert poison.same_bits(final, other_final)
+    assert poison.same_bits(varlen[1], other_varlen[1])
+
+
+@pytest.mark.parametrize("first", [3, 8, 9])
+def test_ssd_initial_state_in_varlen_states(first, device):
+    """Also when the first sequence ends inside the first chunk."""
+    a = cases.Ssd(batch=1, seqlen=20, dtype=torch.float64).call(device).arguments
+    bounds = torch.tensor([0, first, 20], device=device)
+    *_, varlen = run_ssd(a | {"cu_seqlens": bounds}, return_varlen_states=True)
+    alone = {n: v[:, :first] if n in ("x", "dt", "B", "C", "z") else v for n, v in a.items()}
+    torch.testing.assert_close(varlen[:1], run_ssd(alone)[1])
+
+
+def test_ssd_leading_empty_sequence(device):
+    """cu_seqlens that starts 0, 0: its state is the initial one, and nothing is read before 0."""
+    case = cases.Ssd(batch=1, seqlen=20, num_sequences=3, dtype=torch.float64)
+    call = case.call(device)
+    call.arguments["cu_seqlens"].copy_(torch.tensor([0, 0, 7, 20]))
+    call.arena = poison.Arena(device)
+    outcome = compare.check_call(call, rerun=False)
+    assert torch.equal(outcome.results["final_states"][0], call.arguments["initial_states"][0])
+
+
+@pytest.mark.parametrize("seqlen", [1, 7, 9, 17])
+def test_ssd_reference_of_any_length(seqlen, device):
+    """The plain scan needs no multiple of chunk_size."""
+    a = cases.Ssd(seqlen=seqlen, dtype=torch.float64, initial_states=False).call(device).arguments
+    plain = mamba_chunk_scan(
+        *(a[n] for n in ("x", "dt", "A", "B", "C")), 8, a["D"], a["z"], a["dt_bias"], True
+    )
+    torch.testing.assert_close(plain, run_ssd(a)[0])
+
+
+def test_ssd_chunk_size_is_not_part_of_the_result(device):
+    """States between chunks are not rounded to 16 bits."""
+    call = cases.Ssd(seqlen=600, dtype=torch.bfloat16, headdim=8, dstate=16, z=False).call(device)
+    call.arguments["A"].mul_(0.001)  # a long memory, in which rounding would add up
+    call.arena = poison.Arena(device)
+    compare.check_call(call, rerun=False)
+
+
+def test_ssd_gradient_of_initial_states_has_their_dtype(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = cases.Ssd(dtype=torch.bfloat16, dtypes={"initial_states": dtype})
+        gradient = compare.run(case.call(device)).gradients["initial_states"]
+        assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("low, high", [(-60, -30), (-80, -70)])
+def test_ssd_softplus_keeps_relative_accuracy(dtype, low, high, device):
+    """log1p(exp(x)) is exp(x) there, not 0: the output keeps its digits."""
+    call = cases.Ssd(
+        dtype=dtype, dt_bias=False, initial_states=False, D=None, z=False, seqlen=1, dstate=1
+    ).call(device)
+    dt = call.arguments["dt"]
+    dt.copy_(torch.linspace(low, high, dt.numel(), device=device).reshape(dt.shape))
+    truth = oracle.exact(call.op, call.arguments).results["out"]
+    out = call.invoke()["out"].cpu().double()
+    assert ((out - truth).abs() <= 32 * torch.finfo(dtype).eps * truth.abs()).all()
+
+
+@pytest.mark.parametrize("nheads", [1, 3, 5, 6, 7])
+@pytest.mark.parametrize("seqlen", [1, 2, 3, 5, 66])
+def test_ssd_heads_and_lengths_not_multiples_of_4(nheads, seqlen, device):
+    compare.check_call(cases.Ssd(nheads=nheads, ngroups=1, seqlen=seqlen).call(device))
+
+
+@pytest.mark.parametrize("seqlen", [33, 65, 100, 255, 256, 257, 300])
+def test_ssd_softplus_and_bias_at_any_length(seqlen, device):
+    compare.check_call(cases.Ssd(seqlen=seqlen, nheads=2, headdim=3).call(device))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_ssd_gradients_of_groups(groups, device):
+    case = cases.Ssd(nheads=6, ngroups=groups, dtype=torch.float64)
+    compare.check_call(case.call(device))
+    properties.gradcheck(case.call(device), fast_mode=True)
+
+
+@pytest.mark.parametrize("headdim, dstate", [(16, 128), (128, 16), (96, 32), (200, 16), (512, 8)])
+@pytest.mark.parametrize("D", ["head", "channel"])
+def test_ssd_gradients_of_wide_and_narrow_heads(headdim, dstate, D, device):
+    """Whichever of headdim and dstate is larger; dD with more channels than a tile has."""
+    case = cases.Ssd(nheads=2, ngroups=1, seqlen=70, headdim=headdim, dstate=dstate, D=D)
+    compare.check_call(case.call(device))
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_ssd_gradients_of_B_with_seq_idx(packing, device):
+    for seed in range(3):
+        case = cases.Ssd(packing=packing, seqlen=140, nheads=4, ngroups=2, headdim=3, seed=seed)
+        compare.check_call(case.call(device))
+
+
+@pytest.mark.parametrize("bad", [1, 100, 255, 257])
+def test_ssd_chunked_prefill_at_any_cut(bad, device):
+    """Chunked prefill that is not aligned to the chunks of a kernel."""
+    a = cases.Ssd(seqlen=300, dtype=torch.float64).call(device).arguments
+    whole, final = run_ssd(a)
+    parts = []
+    state = a["initial_states"]
+    for begin, end in ((0, bad), (bad, 300)):
+        piece = {n: v[:, begin:end] if n in ("x", "dt", "B", "C", "z") else v for n, v in a.items()}
+        out, state = run_ssd(piece | {"initial_states": state})
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    torch.testing.assert_close(state, final)
+
+
 # Arguments --------------------------------------------------------------------------------------
 
 
@@ -368,6 +583,18 @@ def test_gradient_of_every_optional_argument(device):
     for mask in range(4):
         case = cases.Conv(bias=bool(mask & 1), initial_states=bool(mask & 2), dtype=torch.float64)
         compare.check_call(case.call(device))
+    for mask in range(16):
+        case = cases.Ssd(
+            seqlen=3,
+            headdim=2,
+            dstate=2,
+            D="head" if mask & 1 else None,
+            z=bool(mask & 2),
+            dt_bias=bool(mask & 4),
+            initial_states=bool(mask & 8),
+            dtype=torch.float64,
+        )
+        compare.check_call(case.call(device))
 
 
 def test_works_without_a_gpu():
@@ -377,6 +604,7 @@ def test_works_without_a_gpu():
         cases.ConvUpdate(),
         cases.Scan(),
         cases.StateUpdate(),
+        cases.Ssd(),
         cases.Inner(),
     ):
         assert case.call("cpu").invoke()["out"].device.type == "cpu"
@@ -424,6 +652,7 @@ def test_float32_in_gives_float32_accuracy(device):
         cases.Scan(dim=32, dstate=16, seqlen=64, initial_state=False),
         cases.Conv(dim=32, seqlen=64),
         cases.StateUpdate(nheads=4, dim=64, dstate=128),
+        cases.Ssd(seqlen=130, headdim=32, dstate=16, initial_states=False),
         cases.Inner(dim=32, seqlen=40, dstate=16),
     ):
         call = case.call(device)
@@ -437,6 +666,8 @@ def test_backward_is_deterministic(device):
     case = cases.Scan(batch=4, dim=96, seqlen=200, dstate=16, B=2, C=2)
     properties.check_repeats(case.call(device), count=10)
     properties.check_repeats(cases.Conv(batch=4, dim=96, seqlen=200).call(device), count=10)
+    case = cases.Ssd(batch=4, seqlen=200, nheads=8, headdim=16, dstate=16)
+    properties.check_repeats(case.call(device), count=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -452,6 +683,12 @@ def test_gradients_near_the_largest_number(dtype, device):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_the_device_of_its_tensors():
-    for case in (cases.Conv(), cases.ConvUpdate(), cases.Scan(), cases.StateUpdate()):
+    for case in (
+        cases.Conv(),
+        cases.ConvUpdate(),
+        cases.Scan(),
+        cases.StateUpdate(),
+        cases.Ssd(packing="padded"),
+    ):
         with torch.cuda.device(0):
             compare.check_call(case.call("cuda:1"))

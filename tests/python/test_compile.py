@@ -6,6 +6,7 @@ import mamba_ssm
 import pytest
 import torch
 from harness import cases, compare
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch._dynamo.testing import CompileCounterWithBackend
 
 CASES = {
@@ -23,10 +24,22 @@ CASES = {
     ),
     "selective_state_update": cases.StateUpdate(num_slots=7),
     "selective_state_update heads": cases.StateUpdate(nheads=4, ngroups=2),
+    "ssd_chunk_scan": cases.Ssd(),
+    "ssd_chunk_scan packed": cases.Ssd(packing="padded", D="channel", projection=True),
+    "ssd_chunk_scan cu_seqlens": cases.Ssd(batch=1, num_sequences=3, limits=True),
+    "ssd_chunk_scan plain": cases.Ssd(
+        D=None, z=False, dt_bias=False, dt_softplus=False, initial_states=False
+    ),
     "mamba_inner": cases.Inner(),
     "mamba_inner rms": cases.Inner(rms=True, proj_bias=True, checkpoint_lvl=0),
 }
-INDUCTOR = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update")
+INDUCTOR = (
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_state_update",
+    "ssd_chunk_scan",
+)
 
 
 def _backends():
@@ -149,6 +162,35 @@ def test_export_with_dynamic_length(device):
     expected = call.invoke()
     torch.testing.assert_close(out, expected["out"])
     torch.testing.assert_close(last_state, expected["last_state"])
+
+
+def test_compiled_chunk_scan(device):
+    """mamba_chunk_scan_combined with packed sequences: one graph for every length and number."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def program(a, limits):
+        return mamba_chunk_scan_combined(
+            **a,
+            chunk_size=64,
+            dt_limit=limits,
+            return_final_states=True,
+            return_varlen_states=True,
+        )
+
+    compiled = torch.compile(program, fullgraph=True, dynamic=True, backend=counter)
+    for seqlen, num_sequences in ((19, 7), (7, 9), (64, 8), (33, 12), (11, 10), (71, 30)):
+        case = cases.Ssd(batch=1, seqlen=seqlen, num_sequences=num_sequences)
+        a = case.call(device).arguments
+        outcomes = []
+        for call in (program, compiled):
+            x = a["x"].detach().clone().requires_grad_()
+            results = call(a | {"x": x}, (0.0, float("inf")))
+            (dx,) = torch.autograd.grad(sum(r.square().sum() for r in results), x)
+            outcomes.append([*(r.detach() for r in results), dx])
+        for eager, traced in zip(*outcomes):
+            torch.testing.assert_close(traced, eager)
+    assert counter.frame_count <= 2
 
 
 def test_compiled_module(device):

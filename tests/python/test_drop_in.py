@@ -27,6 +27,18 @@ SIGNATURES = {
     "D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None",
     "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref": "state, x, dt, A, "
     "B, C, D=None, z=None, dt_bias=None, dt_softplus=False",
+    "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined": "x, dt, A, B, C, chunk_size, "
+    "D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None, "
+    "dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
+    "return_varlen_states=False, state_dtype=None",
+    "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan": "x, dt, A, B, C, chunk_size, D=None, "
+    "z=None, dt_bias=None, dt_softplus=False",
+    "mamba_ssm.ops.triton.ssd_combined:ssd_chunk_scan_combined_ref": "x, dt, A, B, C, chunk_size, "
+    "D=None, z=None, dt_bias=None, dt_softplus=False",
+    "mamba_ssm.ops.triton.ssd_combined:ssd_selective_scan": "x, dt, A, B, C, D=None, z=None, "
+    "dt_bias=None, dt_softplus=False, dt_limit=(0.0, inf)",
+    "mamba_ssm.modules.ssd_minimal:ssd_minimal_discrete": "X, A, B, C, block_len, "
+    "initial_states=None",
     "mamba_ssm:Mamba": "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, "
     "dt_max=0.1, dt_init='random', dt_scale=1.0, dt_init_floor=0.0001, conv_bias=True, "
     "bias=False, use_fast_path=True, layer_idx=None, device=None, dtype=None",
@@ -63,6 +75,14 @@ SIGNATURES = {
 NAMES = {
     "mamba_ssm": "__version__ MambaLMHeadModel selective_scan_fn mamba_inner_fn",
     "mamba_ssm.ops.selective_scan_interface": "SelectiveScanFn MambaInnerFn selective_scan_cuda",
+    "mamba_ssm.ops.triton.ssd_combined": "MambaChunkScanCombinedFn "
+    "_mamba_chunk_scan_combined_fwd _mamba_chunk_scan_combined_bwd",
+    "mamba_ssm.ops.triton.ssd_chunk_state": "_chunk_cumsum_fwd _chunk_state_fwd chunk_state "
+    "chunk_state_ref chunk_state_varlen",
+    "mamba_ssm.ops.triton.ssd_state_passing": "_state_passing_fwd state_passing state_passing_ref",
+    "mamba_ssm.ops.triton.ssd_bmm": "_bmm_chunk_fwd",
+    "mamba_ssm.ops.triton.ssd_chunk_scan": "_chunk_scan_fwd chunk_scan chunk_scan_ref",
+    "mamba_ssm.modules.ssd_minimal": "segsum",
     "mamba_ssm.modules.block": "Block",
     "mamba_ssm.models.config_mamba": "MambaConfig",
     "mamba_ssm.models.mixer_seq_simple": "MixerModel _init_weights",
@@ -126,6 +146,7 @@ def test_submodules_are_attributes():
         """
 import mamba_ssm
 assert callable(mamba_ssm.ops.triton.selective_state_update.selective_state_update)
+assert callable(mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined)
 assert callable(mamba_ssm.ops.selective_scan_interface.selective_scan_fn)
 assert mamba_ssm.modules.mamba_simple.Mamba is mamba_ssm.Mamba
 assert mamba_ssm.models.mixer_seq_simple and mamba_ssm.utils.generation

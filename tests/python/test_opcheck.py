@@ -72,6 +72,26 @@ STATE_UPDATE = cases.variations(
     layout=["transposed", "sliced", "step2"],
     dtype=[torch.bfloat16, torch.float64],
 )
+SSD = cases.variations(
+    cases.Ssd(seqlen=9),
+    {"D": None, "z": False, "dt_bias": False, "initial_states": False},
+    {"packing": "packed", "initial_states": False},
+    {"batch": 1, "num_sequences": 3},
+    {"batch": 1, "num_sequences": 3, "initial_states": "first", "packing": "padded"},
+    {"dtype": torch.bfloat16, "dtypes": {"dt": torch.float32}},
+    D=[None, "channel"],
+    z=[False],
+    dt_bias=[False],
+    initial_states=[False],
+    dt_softplus=[False],
+    limits=[True],
+    ngroups=[1, 4],
+    packing=["padded"],
+    seqlen=[1, 70],
+    projection=[True],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float16, torch.float64],
+)
 INNER = cases.variations(
     cases.Inner(seqlen=9),
     {"conv_bias": False, "out_bias": False, "D": False, "delta_bias": False},
@@ -86,7 +106,7 @@ INNER = cases.variations(
 
 
 def _samples():
-    for rows in (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, INNER):
+    for rows in (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, SSD, INNER):
         for label, case in rows.items():
             wants = (False, True) if case.differentiable else (False,)
             for gradients in wants:
@@ -134,6 +154,36 @@ def test_subsets_of_selective_scan(wanted, device):
     call, arguments = _plain_arguments(cases.Scan(seqlen=9), device)
     arguments[wanted].requires_grad_()
     torch.library.opcheck(call.function(), (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("wanted", cases.Ssd.differentiable)
+def test_subsets_of_ssd_chunk_scan(wanted, device):
+    call, arguments = _plain_arguments(cases.Ssd(seqlen=9), device)
+    arguments[wanted].requires_grad_()
+    torch.library.opcheck(call.function(), (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "scalar", "transposed", "step2"])
+@pytest.mark.parametrize("dfinal", [False, True])
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("num_sequences", [None, 3])
+def test_ssd_chunk_scan_bwd(layout, dfinal, optional, num_sequences, device):
+    case = cases.Ssd(
+        batch=2 if num_sequences is None else 1,
+        seqlen=9,
+        D="channel" if optional else None,
+        z=optional,
+        dt_bias=optional,
+        initial_states=optional,
+        packing="padded" if optional else None,
+        num_sequences=num_sequences,
+        layouts={"dout": layout, "dfinal_states": layout},
+    )
+    call, arguments = _plain_arguments(case, device)
+    arguments["dout"] = _own(call.cotangents["out"])
+    arguments["dfinal_states"] = _own(call.cotangents["final_states"]) if dfinal else None
+    op = torch.ops.mamba_ssm.ssd_chunk_scan_bwd.default
+    torch.library.opcheck(op, (), arguments, test_utils=UTILS)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "expanded", "scalar", "transposed", "step2"])

@@ -15,7 +15,8 @@ def _silu(a):
 
 def _ids(call, b):
     if "seq_idx" not in call.arguments:
-        return [0] * call.arguments["x" if "x" in call.arguments else "u"].shape[-1]
+        x = call.arguments["x" if "x" in call.arguments else "u"]
+        return [0] * x.shape[1 if x.dim() == 4 else -1]
     return call.arguments["seq_idx"][b].tolist()
 
 
@@ -170,12 +171,95 @@ def test_selective_state_update(nheads):
             assert truth["out"][b][place].item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
 
 
+@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("num_sequences", [None, 1, 4])
+@pytest.mark.parametrize("initial_states", [False, True, "first"])
+@pytest.mark.parametrize("seed", range(2))
+def test_ssd_chunk_scan(packing, num_sequences, initial_states, seed):
+    call = cases.Ssd(
+        dtype=torch.float64,
+        batch=2 if num_sequences is None else 1,
+        seqlen=9,
+        nheads=2,
+        headdim=3,
+        dstate=2,
+        packing=packing,
+        num_sequences=num_sequences,
+        initial_states=bool(initial_states) if num_sequences is None else initial_states,
+        limits=seed == 1,
+        D=("head", "channel")[seed],
+    ).call()
+    a = {k: v.tolist() if torch.is_tensor(v) else v for k, v in call.arguments.items()}
+    truth = oracle.exact(call.op, call.arguments).results
+    bounds = a.get("cu_seqlens")
+    spans = [(0, *span) for span in zip(bounds, bounds[1:])] if bounds else [(0, 0, 9), (1, 0, 9)]
+    for number, (b, begin, end) in enumerate(spans):
+        ids = _ids(call, b)
+        for h in range(2):
+            for p in range(3):
+                state, last = [0.0, 0.0], None
+                if number < len(a.get("initial_states", [])):
+                    state = list(a["initial_states"][number][h][p])
+                for t in range(begin, end):
+                    got = truth["out"][b, t, h, p].item()
+                    if ids[t] < 0:
+                        assert got == 0
+                        continue
+                    if last not in (None, ids[t]):
+                        state = [0.0, 0.0]
+                    last = ids[t]
+                    d = math.log1p(math.exp(a["dt"][b][t][h] + a["dt_bias"][h]))
+                    d = min(max(d, a.get("dt_min", 0)), a.get("dt_max", math.inf))
+                    x, B, C = a["x"][b][t][h][p], a["B"][b][t][h], a["C"][b][t][h]
+                    state = [math.exp(d * a["A"][h]) * s + d * x * B_n for s, B_n in zip(state, B)]
+                    y = sum(C_n * s for C_n, s in zip(C, state))
+                    y += (a["D"][h][p] if seed else a["D"][h]) * x
+                    expected = y * _silu(a["z"][b][t][h][p])
+                    assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
+                got = truth["final_states"][number, h, p].tolist()
+                assert got == pytest.approx(state, rel=1e-12, abs=1e-12)
+
+
+def test_ssd_is_a_selective_scan():
+    """One whose channels of a head share a decay: two references, one recurrence."""
+    for packing in (None, "padded"):
+        case = cases.Ssd(dtype=torch.float64, packing=packing)
+        a = case.call().arguments
+
+        def channels(M):
+            return M.repeat_interleave(case.headdim, dim=-1)
+
+        truth = oracle.exact(case.op, a).results
+        scan = oracle.exact(
+            "selective_scan",
+            {
+                "u": a["x"].flatten(2).mT,
+                "delta": channels(a["dt"]).mT,
+                "A": channels(a["A"])[:, None].expand(-1, case.dstate),
+                "B": a["B"].permute(0, 2, 3, 1),
+                "C": a["C"].permute(0, 2, 3, 1),
+                "D": channels(a["D"]),
+                "z": a["z"].flatten(2).mT,
+                "delta_bias": channels(a["dt_bias"]),
+                "initial_state": a["initial_states"].flatten(1, 2),
+                "seq_idx": a.get("seq_idx"),
+                "delta_softplus": True,
+            },
+        ).results
+        torch.testing.assert_close(scan["out"].mT.reshape(a["x"].shape), truth["out"])
+        torch.testing.assert_close(
+            scan["last_state"].reshape(a["initial_states"].shape), truth["final_states"]
+        )
+
+
 def test_gradients_are_derivatives():
     """The oracles' autograd graphs, against finite differences."""
     for case in (
         cases.Conv(dim=2, seqlen=7, packing="padded"),
         cases.Scan(dim=2, seqlen=5, dstate=2, packing="padded"),
         cases.Scan(dim=2, seqlen=4, dstate=2, complex_A=True, C="constant"),
+        cases.Ssd(nheads=2, headdim=2, seqlen=5, dstate=2, packing="padded", limits=True),
+        cases.Ssd(nheads=2, headdim=2, seqlen=5, dstate=2, batch=1, num_sequences=3),
         cases.Inner(dim=2, seqlen=4, dstate=2, rms=True, proj_bias=True),
     ):
         call = dataclasses.replace(case, dtype=torch.float64).call()

@@ -94,6 +94,34 @@ MAMBA_SSM_API at::Tensor selective_state_update(
     const std::optional<at::Tensor>& dt_bias = std::nullopt,
     const std::optional<at::Tensor>& state_batch_indices = std::nullopt, bool dt_softplus = false);
 
+/// SSD chunk scan, the recurrence of Mamba-2: h_t = exp(d_t A) h_{t-1} + d_t x_t B_t^T,
+/// y_t = h_t C_t + D x_t, out = y silu(z), with one decay per head and d = dt + dt_bias, through
+/// softplus when dt_softplus, then clamped to [dt_min, dt_max] (no upper limit without dt_max);
+/// d has no gradient where it was clamped. Chunks are an internal matter: the states between them
+/// are float32 (float64).
+///
+/// Shapes: x, z (batch, seqlen, nheads, headdim); dt (batch, seqlen, nheads), T or float32; A
+/// (nheads); B, C (batch, seqlen, ngroups, dstate), where ngroups divides nheads; D (nheads) or
+/// (nheads, headdim); dt_bias (nheads); initial_states (num_sequences, nheads, headdim, dstate), T
+/// or float32. The sequences are the rows of the batch or, with cu_seqlens, those that it describes:
+/// (num_sequences + 1), int32 or int64, non-decreasing from 0 to seqlen (checked on CPU, clamped on
+/// CUDA), with batch 1. Each of them has an initial state (a single one belongs to the first) and a
+/// final state; that of an empty one is its initial state. cu_seqlens isolates sequences by itself;
+/// seq_idx may be given as well and divides them further. Returns out, contiguous, of x's dtype and
+/// shape, and final_states (num_sequences, nheads, headdim, dstate), float32 (float64).
+/// Differentiable in every floating argument, through both results. A NaN or an infinity never
+/// leaves its row and head (group, in B and C), and reaches back over one chunk at most.
+/// Source: Mamba-2 (arXiv 2405.21060), sections 6 and 7.
+MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> ssd_chunk_scan(
+    const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& C, const std::optional<at::Tensor>& D = std::nullopt,
+    const std::optional<at::Tensor>& z = std::nullopt,
+    const std::optional<at::Tensor>& dt_bias = std::nullopt,
+    const std::optional<at::Tensor>& initial_states = std::nullopt,
+    const std::optional<at::Tensor>& seq_idx = std::nullopt,
+    const std::optional<at::Tensor>& cu_seqlens = std::nullopt, bool dt_softplus = false,
+    double dt_min = 0.0, std::optional<double> dt_max = std::nullopt);
+
 /// Everything between in_proj and the end of a Mamba block: split xz in x and z, convolve and SiLU
 /// x, project it to delta, B, C, scan with gate z, project out. One autograd node that keeps neither
 /// the convolved x nor delta: the backward computes them again.

@@ -1,0 +1,39 @@
+"""What the chunk-wise parts of SSD share: cutting time into chunks, and packed sequences in them."""
+
+import torch
+
+
+def compute_dtype(tensor):
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def chunked(M, chunk_size):
+    """(batch, seqlen, ...) as (batch, nchunks, chunk_size, ...), zeros behind the last token."""
+    nchunks = -(-M.shape[1] // chunk_size)
+    tail = M.new_zeros(M.shape[0], nchunks * chunk_size - M.shape[1], *M.shape[2:])
+    return torch.cat([M, tail], dim=1).unflatten(1, (nchunks, chunk_size))
+
+
+def per_head(M, nheads):
+    """(..., ngroups, n) as (..., nheads, n): head h reads group h // (nheads / ngroups)."""
+    return M.repeat_interleave(nheads // M.shape[-2], dim=-2)
+
+
+def sequence_of(seq_idx):
+    """The id of the sequence that each token (batch, seqlen) stands in.
+
+    Padding (ids < 0) stands in the sequence before it, at the start of a row in the first one.
+    """
+    position = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    real = seq_idx >= 0
+    first = torch.where(real, position, seq_idx.shape[1] - 1).amin(dim=1, keepdim=True)
+    last_real = torch.where(real, position, -1).cummax(dim=1).values
+    return seq_idx.gather(1, torch.maximum(last_real, first))
+
+
+def sequences_at_chunk_ends(seq_idx, chunk_size):
+    """(batch, nchunks + 1): the sequence before the first token, and that of each chunk's last."""
+    sequence = sequence_of(seq_idx)
+    seqlen = sequence.shape[1]
+    ends = torch.arange(chunk_size - 1, seqlen + chunk_size - 1, chunk_size, device=seq_idx.device)
+    return torch.cat([sequence[:, :1], sequence[:, ends.clamp(max=seqlen - 1)]], dim=1)
