@@ -38,6 +38,18 @@ PER_ROW = {
         "out",
     },
     "mamba_inner": {"xz", "B", "C", "out"},
+    "rms_norm_gated": {"x", "z", "out"},
+    "layer_norm": {
+        "x",
+        "residual",
+        "x1",
+        "rowscale",
+        "dropout_mask",
+        "dropout_mask1",
+        "out",
+        "out1",
+        "residual_out",
+    },
 }
 
 
