@@ -37,4 +37,21 @@ ssd_chunk_scan_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, cons
                    const OptionalTensor& cu_seqlens, bool dt_softplus, double dt_min,
                    std::optional<double> dt_max);
 
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> rms_norm_gated_bwd(
+    const Tensor& dout, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& z, double eps, std::optional<int64_t> group_size, bool norm_before_gate,
+    bool is_rms_norm);
+
+/// `sum` is residual_out, or x where nothing was added to it. Returns the gradients of x, weight,
+/// bias, residual, x1, weight1, bias1; those of residual and x1 are absent where they equal that of
+/// x.
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+           OptionalTensor>
+layer_norm_bwd(const Tensor& dout, const OptionalTensor& dout1, const OptionalTensor& dresidual_out,
+               const Tensor& sum, const Tensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& weight1, const OptionalTensor& bias1,
+               const OptionalTensor& rowscale, const OptionalTensor& dropout_mask,
+               const OptionalTensor& dropout_mask1, double eps, double dropout_p, bool is_rms_norm,
+               bool has_residual, bool has_x1);
+
 }  // namespace mamba_ssm

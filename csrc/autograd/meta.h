@@ -26,6 +26,11 @@ inline OptionalTensor empty_like(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(at::empty_like(*tensor)) : std::nullopt;
 }
 
+/// A contiguous tensor of the shape of `like`.
+inline Tensor empty_rows(const Tensor& like, at::ScalarType type) {
+  return at::empty_symint(like.sym_sizes(), like.options().dtype(type));
+}
+
 /// (batch, dim, columns) stored as (batch, columns, dim).
 inline Tensor empty_columns(const Tensor& like, const c10::SymInt& batch, const c10::SymInt& dim,
                             const c10::SymInt& columns) {

@@ -8,6 +8,8 @@
 #include <cstdint>
 
 #include "causal_conv1d.h"
+#include "layer_norm.h"
+#include "rms_norm_gated.h"
 #include "selective_scan.h"
 #include "selective_state_update.h"
 #include "ssd_chunk_scan.h"
@@ -34,6 +36,16 @@ struct CpuKernels {
                              int64_t end) noexcept;
   void (*ssd_chunk_scan_bwd_reduce)(const SsdChunkScanParams&, void* workspace, int64_t begin,
                                     int64_t end) noexcept;
+  void (*rms_norm_gated_fwd)(const RmsNormGatedParams&, int64_t begin, int64_t end) noexcept;
+  void (*rms_norm_gated_bwd)(const RmsNormGatedParams&, void* workspace, int64_t begin,
+                             int64_t end) noexcept;
+  void (*rms_norm_gated_bwd_reduce)(const RmsNormGatedParams&, void* workspace, int64_t begin,
+                                    int64_t end) noexcept;
+  void (*layer_norm_fwd)(const LayerNormParams&, int64_t begin, int64_t end) noexcept;
+  void (*layer_norm_bwd)(const LayerNormParams&, void* workspace, int64_t begin,
+                         int64_t end) noexcept;
+  void (*layer_norm_bwd_reduce)(const LayerNormParams&, void* workspace, int64_t begin,
+                                int64_t end) noexcept;
 };
 
 /// The table for the widest instruction set of this machine.

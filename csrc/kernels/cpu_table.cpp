@@ -24,6 +24,16 @@ void ssd_chunk_scan_bwd_cpu(const SsdChunkScanParams& p, void* workspace, int64_
                             int64_t end) noexcept;
 void ssd_chunk_scan_bwd_reduce_cpu(const SsdChunkScanParams& p, void* workspace, int64_t begin,
                                    int64_t end) noexcept;
+void rms_norm_gated_fwd_cpu(const RmsNormGatedParams& p, int64_t begin, int64_t end) noexcept;
+void rms_norm_gated_bwd_cpu(const RmsNormGatedParams& p, void* workspace, int64_t begin,
+                            int64_t end) noexcept;
+void rms_norm_gated_bwd_reduce_cpu(const RmsNormGatedParams& p, void* workspace, int64_t begin,
+                                   int64_t end) noexcept;
+void layer_norm_fwd_cpu(const LayerNormParams& p, int64_t begin, int64_t end) noexcept;
+void layer_norm_bwd_cpu(const LayerNormParams& p, void* workspace, int64_t begin,
+                        int64_t end) noexcept;
+void layer_norm_bwd_reduce_cpu(const LayerNormParams& p, void* workspace, int64_t begin,
+                               int64_t end) noexcept;
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
@@ -39,6 +49,12 @@ const CpuKernels kKernels = {
     ssd_chunk_scan_fwd_cpu,
     ssd_chunk_scan_bwd_cpu,
     ssd_chunk_scan_bwd_reduce_cpu,
+    rms_norm_gated_fwd_cpu,
+    rms_norm_gated_bwd_cpu,
+    rms_norm_gated_bwd_reduce_cpu,
+    layer_norm_fwd_cpu,
+    layer_norm_bwd_cpu,
+    layer_norm_bwd_reduce_cpu,
 };
 
 }  // namespace mamba_ssm::kernels::MAMBA_SSM_ISA

@@ -2,6 +2,7 @@
 #include <c10/util/StringUtil.h>
 #include <mamba_ssm/io/safetensors.h>
 #include <mamba_ssm/nn/model.h>
+#include <mamba_ssm/ops.h>
 #include <torch/nn/init.h>
 
 #include <cmath>
@@ -152,15 +153,6 @@ double count_parameters(const MambaLMConfig& config) {
   return static_cast<double>(config.n_layer()) * (block + d_model) + embedding;
 }
 
-/// float32 instead of a 16-bit type.
-Tensor at_least_float32(const Tensor& t) { return t.element_size() < 4 ? t.to(at::kFloat) : t; }
-
-/// The residual stream after a layer's output has been added to it.
-Tensor add_to_residual(const Tensor& residual, const Tensor& hidden, const MambaLMConfig& config) {
-  const Tensor sum = residual.defined() ? residual + hidden : hidden;
-  return config.residual_in_fp32() ? at_least_float32(sum) : sum;
-}
-
 template <class Module>
 Module placed(Module module, const MambaLMConfig& config) {
   if (config.dtype()) module->to(*config.dtype());
@@ -251,12 +243,16 @@ void NormImpl::reset() {
   if (!rms_norm) bias = register_parameter("bias", at::zeros({size}));
 }
 
-Tensor NormImpl::forward(const Tensor& x) {
-  const Tensor scale = weight.to(x.scalar_type());
-  const Tensor normed = rms_norm
-                            ? at::rms_norm(x, {size}, scale, epsilon)
-                            : at::layer_norm(x, {size}, scale, bias.to(x.scalar_type()), epsilon);
-  return normed.to(weight.scalar_type());
+Tensor NormImpl::forward(const Tensor& hidden, Tensor& residual, bool residual_in_fp32) {
+  const auto optional = [](const Tensor& t) {
+    return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+  };
+  const auto [out, out1, sum] = layer_norm(
+      hidden, weight, optional(bias), optional(residual), /*x1=*/{}, /*weight1=*/{}, /*bias1=*/{},
+      /*rowscale=*/{}, /*dropout_mask=*/{}, /*dropout_mask1=*/{}, epsilon, /*dropout_p=*/0.0,
+      /*prenorm=*/true, residual_in_fp32, rms_norm);
+  residual = sum.value_or(hidden);
+  return out;
 }
 
 BlockImpl::BlockImpl(MambaLMConfig config_) : config(std::move(config_)) { reset(); }
@@ -269,8 +265,7 @@ void BlockImpl::reset() {
 }
 
 Tensor BlockImpl::forward(const Tensor& hidden_states, Tensor& residual, MambaState* state) {
-  residual = add_to_residual(residual, hidden_states, config);
-  return mixer->forward(norm->forward(residual), state);
+  return mixer->forward(norm->forward(hidden_states, residual, config.residual_in_fp32()), state);
 }
 
 MixerModelImpl::MixerModelImpl(MambaLMConfig config_) : config(std::move(config_)) {
@@ -318,7 +313,7 @@ Tensor MixerModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>*
     hidden = layers->at<BlockImpl>(i).forward(hidden, residual,
                                               states == nullptr ? nullptr : &(*states)[i]);
   }
-  return norm_f->forward(add_to_residual(residual, hidden, config));
+  return norm_f->forward(hidden, residual, config.residual_in_fp32());
 }
 
 MambaLMHeadModelImpl::MambaLMHeadModelImpl(MambaLMConfig config_) : config(std::move(config_)) {

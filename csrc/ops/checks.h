@@ -108,6 +108,29 @@ class Checks {
     fail(std::string(name) + " must have shape " + shapes + ", got " + text_of(tensor));
   }
 
+  /// `tensor` has at least one axis, which counts `last`.
+  void has_axis(const char* name, const Tensor& tensor, const char* last) const {
+    device(name, tensor);
+    if (tensor.dim() < 1) {
+      fail(std::string(name) + " must have shape (..., " + last + "), got " + text_of(tensor));
+    }
+  }
+
+  /// `tensor` has the shape of `other`, or that without its last axis.
+  void shape_of(const char* name, const Tensor& tensor, const char* other_name,
+                const Tensor& other, bool without_last = false) const {
+    device(name, tensor);
+    const int64_t rank = other.dim() - (without_last ? 1 : 0);
+    bool same = tensor.dim() == rank;
+    for (int64_t i = 0; same && i < rank; ++i) {
+      same = Access::size(tensor, i) == Access::size(other, i);
+    }
+    if (same) return;
+    fail(std::string(name) + " must have the shape of " + other_name +
+         (without_last ? " without its last axis, " : ", ") + text_of(other, rank) + ", got " +
+         text_of(tensor));
+  }
+
   /// Sizes of `tensor` are those of `dims`.
   void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) const {
     device(name, tensor);
@@ -191,10 +214,13 @@ class Checks {
   }
 
   /// "(2, 16)".
-  static std::string text_of(const Tensor& tensor) {
+  static std::string text_of(const Tensor& tensor) { return text_of(tensor, tensor.dim()); }
+
+  /// Its first `rank` axes.
+  static std::string text_of(const Tensor& tensor, int64_t rank) {
     std::ostringstream text;
     text << "(";
-    for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << Access::size(tensor, i);
+    for (int64_t i = 0; i < rank; ++i) text << (i ? ", " : "") << Access::size(tensor, i);
     text << ")";
     return text.str();
   }

@@ -53,4 +53,30 @@ STABLE_TORCH_LIBRARY(mamba_ssm, m) {
       "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None) -> (Tensor dx, Tensor ddt, "
       "Tensor dA, Tensor dB, Tensor dC, Tensor? dD, Tensor? dz, Tensor? ddt_bias, "
       "Tensor? dinitial_states)");
+
+  m.def(
+      "rms_norm_gated(Tensor x, Tensor weight, Tensor? bias=None, Tensor? z=None, *, "
+      "float eps=1e-6, int? group_size=None, bool norm_before_gate=True, bool is_rms_norm=True) -> "
+      "Tensor");
+  m.def(
+      "rms_norm_gated_bwd(Tensor dout, Tensor x, Tensor weight, Tensor? bias=None, "
+      "Tensor? z=None, *, float eps=1e-6, int? group_size=None, bool norm_before_gate=True, "
+      "bool is_rms_norm=True) -> (Tensor dx, Tensor dweight, Tensor? dbias, Tensor? dz)");
+
+  // residual_out is None unless prenorm asks for it, and where nothing was added to x: it is x.
+  m.def(
+      "layer_norm(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, "
+      "Tensor? x1=None, Tensor? weight1=None, Tensor? bias1=None, Tensor? rowscale=None, "
+      "Tensor? dropout_mask=None, Tensor? dropout_mask1=None, *, float eps=1e-6, "
+      "float dropout_p=0.0, bool prenorm=False, bool residual_in_fp32=False, "
+      "bool is_rms_norm=False) -> (Tensor out, Tensor? out1, Tensor? residual_out)");
+  // Starts from `sum`: residual_out, or x where that is None. dresidual and dx1 are None where they
+  // would be dx, bit for bit.
+  m.def(
+      "layer_norm_bwd(Tensor dout, Tensor? dout1, Tensor? dresidual_out, Tensor sum, "
+      "Tensor weight, Tensor? bias=None, Tensor? weight1=None, Tensor? bias1=None, "
+      "Tensor? rowscale=None, Tensor? dropout_mask=None, Tensor? dropout_mask1=None, *, "
+      "float eps=1e-6, float dropout_p=0.0, bool is_rms_norm=False, bool has_residual=False, "
+      "bool has_x1=False) -> (Tensor dx, Tensor dweight, Tensor? dbias, Tensor? dresidual, "
+      "Tensor? dx1, Tensor? dweight1, Tensor? dbias1)");
 }

@@ -40,9 +40,10 @@ class Call:
         return getattr(torch.ops.mamba_ssm, self.op).default
 
     def invoke(self, **replaced):
-        """The op's results by name; a tensor that the op updates is not among them."""
+        """The op's results by name; None and a tensor that the op updates are not among them."""
         results = self.function()(**{**self.arguments, **replaced})
         results = results if isinstance(results, tuple) else (results,)
+        results = [r for r in results if r is not None]
         return dict(zip(self.results, results, strict=True))
 
 
@@ -144,6 +145,8 @@ class Case:
             return self.dtypes[name]
         if values.dtype == torch.int64:
             return self.index_dtype
+        if values.dtype == torch.bool:
+            return torch.bool
         return self.own_dtype(name, values)
 
     def call(self, device="cpu"):
@@ -160,9 +163,9 @@ class Case:
                 layout = "sliced"
             arguments[name] = arena.place(name, values.to(self.dtype_of(name, values)), layout)
 
-        dtypes = {n: a.dtype for n, a in arguments.items() if isinstance(a, torch.Tensor)}
         from . import oracle  # the contract's result types
 
+        dtypes = oracle.types(arguments)
         cotangents = {}
         if self.differentiable:
             for name, shape in self.result_shapes().items():
@@ -676,6 +679,123 @@ class Inner(Case):
 
     def result_shapes(self):
         return {"out": (self.batch, self.seqlen, self.d_model)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormGated(Case):
+    op: ClassVar[str] = "rms_norm_gated"
+    results: ClassVar[tuple[str, ...]] = ("out",)
+    differentiable: ClassVar[tuple[str, ...]] = ("x", "weight", "bias", "z")
+
+    leading: tuple[int, ...] = (2, 7)  # sizes before the channels
+    groups: int = 1
+    group: int = 24  # channels of a group
+    whole_row: bool = False  # group_size None, with one group
+    bias: bool = True
+    z: bool = True
+    norm_before_gate: bool = True
+    is_rms_norm: bool = True
+    eps: float = 1e-5
+
+    def values(self, draw):
+        channels = self.groups * self.group
+        values = {
+            "x": draw.normal(*self.leading, channels),
+            "weight": draw.uniform(0.5, 1.5, channels),
+            "eps": self.eps,
+            "group_size": None if self.whole_row else max(self.group, 1),
+            "norm_before_gate": self.norm_before_gate,
+            "is_rms_norm": self.is_rms_norm,
+        }
+        if self.bias:
+            values["bias"] = draw.normal(channels)
+        if self.z:
+            values["z"] = draw.normal(*self.leading, channels)
+        return values
+
+    def own_dtype(self, name, values):
+        if name in ("weight", "bias") and self.dtype != torch.float64:
+            return torch.float32
+        return self.dtype
+
+    def result_shapes(self):
+        return {"out": (*self.leading, self.groups * self.group)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerNorm(Case):
+    op: ClassVar[str] = "layer_norm"
+    differentiable: ClassVar[tuple[str, ...]] = (
+        "x",
+        "weight",
+        "bias",
+        "residual",
+        "x1",
+        "weight1",
+        "bias1",
+    )
+
+    leading: tuple[int, ...] = (2, 7)
+    channels: int = 24
+    bias: bool = True
+    residual: bool = True
+    x1: bool = False
+    weight1: bool = False
+    bias1: bool = False
+    rowscale: bool = False
+    dropout_p: float = 0.0
+    masks: bool = False  # of x, and of x1 if it is there
+    prenorm: bool = True
+    residual_in_fp32: bool = False
+    is_rms_norm: bool = False
+    eps: float = 1e-5
+
+    @property
+    def results(self):
+        wider = self.residual_in_fp32 and self.dtype in (torch.float16, torch.bfloat16)
+        changed = self.residual or self.x1 or self.rowscale or self.masks or wider
+        return (
+            "out",
+            *(["out1"] if self.weight1 else []),
+            *(["residual_out"] if self.prenorm and changed else []),
+        )
+
+    def values(self, draw):
+        shape = (*self.leading, self.channels)
+
+        def mask():
+            return draw.uniform(0, 1, *shape) > self.dropout_p
+
+        values = {
+            "x": draw.normal(*shape),
+            "weight": draw.uniform(0.5, 1.5, self.channels),
+            "eps": self.eps,
+            "dropout_p": self.dropout_p,
+            "prenorm": self.prenorm,
+            "residual_in_fp32": self.residual_in_fp32,
+            "is_rms_norm": self.is_rms_norm,
+        }
+        for name in ("residual", "x1"):
+            if getattr(self, name):
+                values[name] = draw.normal(*shape)
+        for name in ("bias", "weight1", "bias1"):
+            if getattr(self, name):
+                values[name] = draw.normal(self.channels)
+        if self.rowscale:
+            values["rowscale"] = draw.uniform(0.5, 2, *self.leading)
+        if self.masks:
+            values["dropout_mask"] = mask()
+            if self.x1:
+                values["dropout_mask1"] = mask()
+        return values
+
+    def own_dtype(self, name, values):
+        if name in ("weight", "bias", "weight1", "bias1", "rowscale", "residual"):
+            return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.dtype
+
+    def result_shapes(self):
+        return {name: (*self.leading, self.channels) for name in self.results}
 
 
 def variations(base, *rows, **changes):

@@ -15,7 +15,10 @@ _WEIGHTS = {
     "selective_state_update": 12,
     "ssd_chunk_scan": 22,
     "mamba_inner": 2,
+    "rms_norm_gated": 8,
+    "layer_norm": 8,
 }
+_INEXACT = ("mamba_inner", "rms_norm_gated", "layer_norm")  # no sums alone: roots, exponentials
 
 # Of any 1000 cases in a row, at least so many have the property.
 QUOTAS = {
@@ -47,7 +50,7 @@ def case(seed, number):
         "dtype": dtype,
         "index_dtype": rng.choice([torch.int32, torch.int64]),
         "layout": rng.choice(poison.LAYOUTS) if rng.random() < 0.7 else "contiguous",
-        "exact": rng.random() < 0.5 and op != "mamba_inner",
+        "exact": rng.random() < 0.5 and op not in _INEXACT,
         "seed": rng.getrandbits(32),
     }
     made = _MAKERS[op](rng, dtype)
@@ -55,6 +58,9 @@ def case(seed, number):
         common["layout"] = "sliced"  # nor of equal numbers
     names = made.pop("names")
     common["layouts"] = {name: rng.choice(poison.LAYOUTS) for name in names if rng.random() < 0.3}
+    x_layout = common["layouts"].get("x", common["layout"])
+    if not made.get("is_rms_norm", True) and x_layout == "scalar":
+        common["layouts"]["x"] = "sliced"  # the deviation of equal numbers is all cancellation
     if dtype != torch.float64:
         own = made.pop("parameters")
         common["dtypes"] = {
@@ -281,6 +287,53 @@ def _inner(rng, dtype):
     }
 
 
+def _leading(rng):
+    return tuple(_size(rng, 9) for _ in range(rng.randint(0, 4)))
+
+
+def _norm_gated(rng, dtype):
+    whole_row = _flag(rng)
+    return {
+        "type": cases.NormGated,
+        "names": ("x", "weight", "bias", "z", "dout"),
+        "parameters": ("weight", "bias"),
+        "states": {},
+        "leading": _leading(rng),
+        "groups": 1 if whole_row else rng.choice([1, 2, 3, 8]),
+        "group": rng.choice([4, 5, 8, 16, 17, 24, 31, 64, 65, 128, 200, 513]),
+        "whole_row": whole_row,
+        "bias": _flag(rng),
+        "z": _flag(rng, 0.8),
+        "norm_before_gate": _flag(rng),
+        "is_rms_norm": _flag(rng),
+    }
+
+
+def _layer_norm(rng, dtype):
+    x1 = _flag(rng, 0.3)
+    weight1 = _flag(rng, 0.3)
+    masks = _flag(rng, 0.3)
+    return {
+        "type": cases.LayerNorm,
+        "names": (*cases.LayerNorm.differentiable, "rowscale", "dout", "dresidual_out"),
+        "parameters": ("weight", "bias", "weight1", "bias1", "rowscale"),
+        "states": {"residual": lambda dtype: (dtype, torch.float32)},
+        "leading": _leading(rng),
+        "channels": rng.choice([4, 5, 8, 16, 17, 24, 31, 64, 65, 128, 200, 513, 1000]),
+        "bias": _flag(rng),
+        "residual": _flag(rng, 0.7),
+        "x1": x1,
+        "weight1": weight1,
+        "bias1": weight1 and _flag(rng),
+        "rowscale": not x1 and _flag(rng, 0.3),
+        "dropout_p": rng.choice([0.0, 0.1, 0.5]) if masks else 0.0,
+        "masks": masks,
+        "prenorm": _flag(rng, 0.7),
+        "residual_in_fp32": _flag(rng),
+        "is_rms_norm": _flag(rng),
+    }
+
+
 _MAKERS = {
     "causal_conv1d": _conv,
     "causal_conv1d_update": _conv_update,
@@ -289,6 +342,8 @@ _MAKERS = {
     "selective_state_update": _state_update,
     "ssd_chunk_scan": _ssd,
     "mamba_inner": _inner,
+    "rms_norm_gated": _norm_gated,
+    "layer_norm": _layer_norm,
 }
 
 
@@ -296,6 +351,7 @@ def properties(case):
     """The quotas that a case counts for."""
     names = ("batch", "dim", "headdim", "seqlen", "total_tokens")
     sizes = [getattr(case, name, 1) for name in names]
+    sizes += getattr(case, "leading", ())
     packing = getattr(case, "packing", None)
     having = {
         "packed": packing is not None,

@@ -95,7 +95,7 @@ def _evaluate_serially(
         name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
-    own = {name: value.dtype for name, value in arguments.items() if torch.is_tensor(value)}
+    own = types(arguments)
     if not rounded:
         arguments = {name: _in_precision(value, inside) for name, value in arguments.items()}
     leaves = [name for name in differentiable if arguments.get(name) is not None]
@@ -104,6 +104,8 @@ def _evaluate_serially(
 
     with torch.enable_grad():
         inner = {name: _in_precision(value, inside) for name, value in arguments.items()}
+        if op == "layer_norm" and rounded:
+            inner["stored"] = lambda s: s.to(result_dtype(op, "residual_out", own)).to(inside)
         if op == "mamba_inner":
             if rounded:
                 hand_on = lambda tensor: tensor.to(own["xz"]).to(inside)  # noqa: E731
@@ -131,8 +133,13 @@ def _evaluate_serially(
     return Outcome({name: r.detach() for name, r in results.items()}, gradients)
 
 
+def types(arguments):
+    """The types of tensors, and the other arguments themselves, by name."""
+    return {n: value.dtype if torch.is_tensor(value) else value for n, value in arguments.items()}
+
+
 def result_dtype(op, result, dtypes):
-    """The type that the contract gives a result, from the types of the arguments by name."""
+    """The type that the contract gives a result, from `types` of the arguments."""
     if result == "final_states" and op == "ssd_chunk_scan":
         return torch.float64 if dtypes["x"] == torch.float64 else torch.float32
     if op == "selective_scan" and result == "last_state":
@@ -142,6 +149,11 @@ def result_dtype(op, result, dtypes):
         return torch.float64 if wide else torch.float32
     if result in ("state", "conv_state"):
         return dtypes[result]
+    if op == "layer_norm" and result == "residual_out":
+        if "residual" in dtypes:
+            return dtypes["residual"]
+        wide = torch.promote_types(dtypes["x"], torch.float32)
+        return wide if dtypes["residual_in_fp32"] else dtypes["x"]
     return dtypes["u" if op == "selective_scan" else "xz" if op == "mamba_inner" else "x"]
 
 
@@ -444,6 +456,80 @@ def selective_state_update(
     return {"out": out, "state": new_state}
 
 
+# Norms ------------------------------------------------------------------------------------------
+
+
+def _normalized(s, eps, is_rms_norm):
+    """Over the last axis."""
+    if not is_rms_norm:
+        s = s - s.mean(dim=-1, keepdim=True)
+    return s / torch.sqrt((s * s).mean(dim=-1, keepdim=True) + eps)
+
+
+def rms_norm_gated(
+    x,
+    weight,
+    bias=None,
+    z=None,
+    eps=1e-6,
+    group_size=None,
+    norm_before_gate=True,
+    is_rms_norm=True,
+):
+    channels = x.shape[-1]
+    gate = None if z is None else z * torch.sigmoid(z)
+    s = x * gate if z is not None and not norm_before_gate else x
+    width = channels if group_size is None else group_size
+    groups = [s[..., c : c + width] for c in range(0, channels, max(width, 1))]
+    out = torch.cat([_normalized(g, eps, is_rms_norm) for g in groups], -1) if groups else s + 0
+    out = out * weight
+    if bias is not None:
+        out = out + bias
+    return {"out": out * gate if z is not None and norm_before_gate else out}
+
+
+def layer_norm(
+    x,
+    weight,
+    bias=None,
+    residual=None,
+    x1=None,
+    weight1=None,
+    bias1=None,
+    rowscale=None,
+    dropout_mask=None,
+    dropout_mask1=None,
+    eps=1e-6,
+    dropout_p=0.0,
+    prenorm=False,
+    residual_in_fp32=False,
+    is_rms_norm=False,
+    stored=lambda s: s,
+):
+    """`stored` rounds the sum as it is kept for the backward, which the forward does not see."""
+    kept = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    s = x if rowscale is None else x * rowscale[..., None]
+    if dropout_mask is not None:
+        s = torch.where(dropout_mask, s * kept, 0)
+    if x1 is not None:
+        s = s + (x1 if dropout_mask1 is None else torch.where(dropout_mask1, x1 * kept, 0))
+    if residual is not None:
+        s = s + residual
+    values = _normalized(s, eps, is_rms_norm)
+    derived = _normalized(s + (stored(s) - s).detach(), eps, is_rms_norm)
+
+    def head(w, b):
+        out = derived * w if b is None else derived * w + b
+        return out + ((values - derived) * w).detach()
+
+    results = {"out": head(weight, bias)}
+    if weight1 is not None:
+        results["out1"] = head(weight1, bias1)
+    if prenorm:
+        results["residual_out"] = s
+    return results
+
+
 # Composites -------------------------------------------------------------------------------------
 
 
@@ -515,5 +601,7 @@ REFERENCES = {
     "selective_scan": selective_scan,
     "selective_state_update": selective_state_update,
     "ssd_chunk_scan": ssd_chunk_scan,
+    "rms_norm_gated": rms_norm_gated,
+    "layer_norm": layer_norm,
     "mamba_inner": mamba_inner,
 }

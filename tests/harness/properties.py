@@ -49,6 +49,18 @@ PER_ROW = {
         "final_states",
     },
     "mamba_inner": {"xz", "B", "C", "out"},
+    "rms_norm_gated": {"x", "z", "out"},
+    "layer_norm": {
+        "x",
+        "residual",
+        "x1",
+        "rowscale",
+        "dropout_mask",
+        "dropout_mask1",
+        "out",
+        "out1",
+        "residual_out",
+    },
 }
 
 

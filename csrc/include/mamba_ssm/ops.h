@@ -122,6 +122,46 @@ MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> ssd_chunk_scan(
     const std::optional<at::Tensor>& cu_seqlens = std::nullopt, bool dt_softplus = false,
     double dt_min = 0.0, std::optional<double> dt_max = std::nullopt);
 
+/// Gated normalization over groups of channels: out = norm(x) silu(z) with norm_before_gate, else
+/// norm(x silu(z)); norm(s) = (s - mean) / sqrt(var + eps) weight + bias, with mean 0 for is_rms_norm.
+///
+/// Shapes: x, z (..., channels), one type T; weight, bias (channels). The statistics are those of
+/// each run of group_size channels (which divides channels; all of them when absent), the variance
+/// is that of the run itself (divided by group_size). Without z it is a plain norm. Returns out,
+/// contiguous, of x's dtype and shape. Differentiable in x, weight, bias, z.
+/// Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.1.
+MAMBA_SSM_API at::Tensor rms_norm_gated(
+    const at::Tensor& x, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias = std::nullopt,
+    const std::optional<at::Tensor>& z = std::nullopt, double eps = 1e-6,
+    std::optional<int64_t> group_size = std::nullopt, bool norm_before_gate = true,
+    bool is_rms_norm = true);
+
+/// Residual addition and normalization of its sum: sum = dropout(rowscale x) + dropout1(x1) +
+/// residual, out = norm(sum; weight, bias), out1 = norm(sum; weight1, bias1), norm as in
+/// rms_norm_gated over all channels. The absent arguments take no part.
+///
+/// Shapes: x, x1 (..., channels), one type T; residual of that shape, T or float32; weight, bias,
+/// weight1, bias1 (channels); rowscale (...), not with x1; dropout_mask, dropout_mask1 bool of x's
+/// shape: what is true is kept and divided by 1 - dropout_p. Returns out; out1 with weight1; and with
+/// prenorm residual_out, which is the sum in the type of residual, or without one in float32 if
+/// residual_in_fp32, else in T. residual_out is absent where it would be x. out is formed from the
+/// sum before that is rounded; the gradients start from it as rounded. Results are contiguous.
+/// Differentiable in x, weight, bias, residual, x1, weight1, bias1, through all results.
+/// Source: LayerNorm (arXiv 1607.06450), RMSNorm (arXiv 1910.07467).
+MAMBA_SSM_API std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>>
+layer_norm(const at::Tensor& x, const at::Tensor& weight,
+           const std::optional<at::Tensor>& bias = std::nullopt,
+           const std::optional<at::Tensor>& residual = std::nullopt,
+           const std::optional<at::Tensor>& x1 = std::nullopt,
+           const std::optional<at::Tensor>& weight1 = std::nullopt,
+           const std::optional<at::Tensor>& bias1 = std::nullopt,
+           const std::optional<at::Tensor>& rowscale = std::nullopt,
+           const std::optional<at::Tensor>& dropout_mask = std::nullopt,
+           const std::optional<at::Tensor>& dropout_mask1 = std::nullopt, double eps = 1e-6,
+           double dropout_p = 0.0, bool prenorm = false, bool residual_in_fp32 = false,
+           bool is_rms_norm = false);
+
 /// Everything between in_proj and the end of a Mamba block: split xz in x and z, convolve and SiLU
 /// x, project it to delta, B, C, scan with gate z, project out. One autograd node that keeps neither
 /// the convolved x nor delta: the backward computes them again.

@@ -13,6 +13,7 @@ import torch.nn as nn
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.modules.block import Block, add_norm
 from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.ops.triton.layer_norm import RMSNorm
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
@@ -43,7 +44,7 @@ def create_block(
         raise NotImplementedError("create_block: attention layers are not available yet")
     if d_intermediate != 0:
         raise NotImplementedError("create_block: an MLP (d_intermediate) is not available yet")
-    norm_cls = nn.RMSNorm if rms_norm else nn.LayerNorm
+    norm_cls = RMSNorm if rms_norm else nn.LayerNorm
     block = Block(
         d_model,
         partial(Mamba, layer_idx=layer_idx, **ssm_cfg, **factory_kwargs),
@@ -122,7 +123,7 @@ class MixerModel(nn.Module):
             )
             for i in range(n_layer)
         )
-        norm_cls = nn.RMSNorm if rms_norm else nn.LayerNorm
+        norm_cls = RMSNorm if rms_norm else nn.LayerNorm
         self.norm_f = norm_cls(d_model, eps=norm_epsilon, **factory_kwargs)
         self.apply(partial(_init_weights, n_layer=n_layer, **(initializer_cfg or {})))
 

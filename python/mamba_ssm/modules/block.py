@@ -1,26 +1,26 @@
 """Residual block: add, normalize, mix."""
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
+
+from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
 
 
 def add_norm(norm, hidden_states, residual, residual_in_fp32):
     """Adds hidden_states to the residual stream and normalizes the sum.
 
-    The sum is at least float32 when residual_in_fp32, and so is the normalization; the result has
-    the dtype of the norm's weight. Returns (normalized, new residual).
+    The sum is at least float32 when residual_in_fp32; the normalization is, always. Returns
+    (normalized, in the dtype of hidden_states; new residual).
     """
-    residual = hidden_states if residual is None else hidden_states + residual
-    if residual_in_fp32:
-        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-    weight = norm.weight.to(residual.dtype)
-    if isinstance(norm, nn.LayerNorm):
-        bias = None if norm.bias is None else norm.bias.to(residual.dtype)
-        normalized = F.layer_norm(residual, norm.normalized_shape, weight, bias, norm.eps)
-    else:
-        normalized = F.rms_norm(residual, weight.shape, weight, norm.eps)
-    return normalized.to(norm.weight.dtype), residual
+    return layer_norm_fn(
+        hidden_states,
+        norm.weight,
+        getattr(norm, "bias", None),  # torch.nn.RMSNorm has none
+        residual=residual,
+        eps=norm.eps,
+        prenorm=True,
+        residual_in_fp32=residual_in_fp32,
+        is_rms_norm=not isinstance(norm, nn.LayerNorm),
+    )
 
 
 class Block(nn.Module):
@@ -30,7 +30,7 @@ class Block(nn.Module):
         dim: width of the residual stream.
         mixer_cls: called with dim, makes the mixer.
         mlp_cls: nn.Identity, the block has no MLP.
-        norm_cls: called with dim, makes an nn.LayerNorm or nn.RMSNorm.
+        norm_cls: called with dim, makes an nn.LayerNorm, or an RMSNorm of ops.triton.layer_norm.
         fused_add_norm: accepted for compatibility; both values compute the same.
         residual_in_fp32: keep the residual stream in float32.
     """
