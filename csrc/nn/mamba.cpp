@@ -1,4 +1,3 @@
-#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <mamba_ssm/nn/mamba.h>
 #include <mamba_ssm/ops.h>
@@ -7,19 +6,12 @@
 #include <limits>
 #include <utility>
 
+#include "parts.h"
+
 namespace mamba_ssm {
 namespace {
 
 using at::Tensor;
-
-std::optional<Tensor> if_defined(const Tensor& t) {
-  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
-}
-
-/// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.
-Tensor to_accumulate_type(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
-}
 
 /// weight @ token for every token of (batch, seqlen, features), as (batch, rows of weight, seqlen)
 /// with the tokens of a channel side by side, which is what convolution and scan walk along.
@@ -29,13 +21,6 @@ Tensor project_channel_first(const Tensor& weight, const Tensor& tokens) {
       .mm(tokens.flatten(0, 1).t())  // (rows, batch * seqlen)
       .view({weight.size(0), batch, seqlen})
       .transpose(0, 1);
-}
-
-/// The contents of a cache as an input of an op. Autograd may keep that input while the cache is
-/// overwritten, so it gets a copy of its own then.
-Tensor read_cache(const Tensor& cache, at::ScalarType dtype) {
-  const Tensor values = cache.detach().to(dtype);
-  return c10::GradMode::is_enabled() && values.is_alias_of(cache) ? values.clone() : values;
 }
 
 }  // namespace
