@@ -308,12 +308,40 @@ void Arguments::check() const {
   checks.rank("zxbcdt", zxbcdt, {3},
               "(batch, seqlen, 2 * d_nonssm + 2 * dim + 2 * ngroups * dstate + nheads)");
   checks.activation("zxbcdt", zxbcdt);
+  const at::ScalarType T = zxbcdt.scalar_type();
+  const SymInt batch = zxbcdt.sym_size(0), seqlen = zxbcdt.sym_size(1);
+
   checks.rank("A", A, {1}, "(nheads)");
+  checks.at_least("A", A, "nheads", 0, 1);
+  checks.parameter("A", A, T);
+  const auto vector = [&](const char* name, const Tensor& tensor, const char* size_name,
+                          int64_t size) {
+    if (!tensor.defined()) return;
+    checks.shape(name, tensor, {{size_name, size}});
+    checks.parameter(name, tensor, T);
+  };
   if (options.headdim < 1) {
     checks.fail("headdim must be positive, got " + std::to_string(options.headdim));
   }
-  checks.divides("ngroups", "ngroups", options.ngroups, "nheads", nheads());
+  if (options.ngroups < 1 || nheads() % options.ngroups != 0) {
+    checks.fail("ngroups must divide nheads = " + std::to_string(nheads()) + ", got " +
+                std::to_string(options.ngroups));
+  }
+  vector("dt_bias", dt_bias, "nheads", nheads());
+  vector("norm_weight", norm_weight, "dim", dim());
+  if (D.defined()) {
+    checks.rank("D", D, {1, 2}, "(nheads) or (nheads, headdim)");
+    if (D.dim() == 2) {
+      checks.shape("D", D, {{"nheads", nheads()}, {"headdim", options.headdim}});
+      checks.parameter("D", D, T);
+    } else {
+      vector("D", D, "nheads", nheads());
+    }
+  }
+
   checks.rank("conv1d_weight", conv1d_weight, {2}, "(dim + 2 * ngroups * dstate, width)");
+  checks.at_least("conv1d_weight", conv1d_weight, "width", 1, 1);
+  checks.parameter("conv1d_weight", conv1d_weight, T);
   const int64_t matrices = channels() - dim();  // columns of B and C
   if (matrices < 1 || matrices % (2 * options.ngroups) != 0) {
     checks.fail(
@@ -322,6 +350,8 @@ void Arguments::check() const {
         std::to_string(dim()) + " and ngroups = " + std::to_string(options.ngroups) + ", got " +
         std::to_string(channels()));
   }
+  vector("conv1d_bias", conv1d_bias, "dim + 2 * ngroups * dstate", channels());
+
   const SymInt left = zxbcdt.sym_size(2) - ssm_columns();
   if (left < 0 || left % 2 != 0) {
     std::ostringstream text;
@@ -330,17 +360,49 @@ void Arguments::check() const {
         << "+ " << ssm_columns() << " columns, got " << zxbcdt.sym_size(2);
     checks.fail(text.str());
   }
-  if (norm_weight.defined()) checks.shape("norm_weight", norm_weight, {{"dim", dim()}});
+
   if (out_proj_weight.defined()) {
     checks.rank("out_proj_weight", out_proj_weight, {2}, "(d_model, d_nonssm + dim)");
     checks.shape(
         "out_proj_weight", out_proj_weight,
         {{"d_model", out_proj_weight.sym_size(0)}, {"d_nonssm + dim", d_nonssm() + dim()}});
+    checks.activation("out_proj_weight", out_proj_weight);
   }
   if (out_proj_bias.defined()) {
     if (!out_proj_weight.defined()) checks.fail("out_proj_bias needs out_proj_weight");
     checks.shape("out_proj_bias", out_proj_bias, {{"d_model", out_proj_weight.sym_size(0)}});
     checks.dtype("out_proj_bias", out_proj_bias, {out_proj_weight.scalar_type()});
+  }
+
+  if (seq_idx.defined()) {
+    checks.shape("seq_idx", seq_idx, {{"batch", batch}, {"seqlen", seqlen}});
+    checks.index("seq_idx", seq_idx);
+  }
+  if (cu_seqlens.defined()) {
+    checks.rank("cu_seqlens", cu_seqlens, {1}, "(num_sequences + 1)");
+    checks.index("cu_seqlens", cu_seqlens);
+    checks.at_least("cu_seqlens", cu_seqlens, "num_sequences + 1", 0, 1);
+    if (batch != 1) {
+      checks.fail("cu_seqlens needs zxbcdt with batch = 1, got zxbcdt of shape " +
+                  checks.text_of(zxbcdt));
+    }
+  }
+  if (initial_states.defined()) {
+    checks.rank("initial_states", initial_states, {4}, "(num_sequences, nheads, headdim, dstate)");
+    const bool packed = cu_seqlens.defined(), single = packed && initial_states.sym_size(0) == 1;
+    const SymInt rows = single ? SymInt(1) : packed ? cu_seqlens.sym_size(0) - 1 : batch;
+    checks.shape("initial_states", initial_states,
+                 {{packed ? "num_sequences" : "batch", rows},
+                  {"nheads", nheads()},
+                  {"headdim", options.headdim},
+                  {"dstate", dstate()}});
+    checks.dtype("initial_states", initial_states, {T, ops::accumulate_type(T)});
+  }
+  if (options.dt_max && !(options.dt_min <= *options.dt_max)) {
+    std::ostringstream text;
+    text << "dt_min must not exceed dt_max, got dt_min = " << options.dt_min
+         << " and dt_max = " << *options.dt_max;
+    checks.fail(text.str());
   }
 }
 
