@@ -177,6 +177,8 @@ Tensor Mamba2Impl::project_out(const Parts& parts, const Tensor& y) {
 Tensor Mamba2Impl::forward(const Tensor& u, MambaState* state, const std::optional<Tensor>& seq_idx,
                            const std::optional<Tensor>& cu_seqlens) {
   check_tokens("u", u);
+  TORCH_CHECK(!cu_seqlens || u.size(0) == 1,
+              "Mamba2: cu_seqlens needs u with batch = 1, got u of shape ", u.sizes());
   if (state != nullptr) {
     check_state(state->conv_state, state->ssm_state,
                 cu_seqlens ? cu_seqlens->size(0) - 1 : u.size(0));

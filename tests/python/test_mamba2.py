@@ -86,6 +86,8 @@ def test_sizes_that_do_not_fit_are_refused():
         Mamba2(d_model=64, process_group=object())
     with pytest.raises(ValueError, match=r"d_model=12\), got \(2, 9, 13\)"):
         make("cpu")(torch.zeros(2, 9, 13, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"batch = 1, got u of shape \(2, 9, 12\)"):
+        make("cpu")(tokens("cpu"), cu_seqlens=torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="Mamba2Simple: headdim must divide d_ssm = 32"):
         Mamba2Simple(16)
     with pytest.raises(ValueError, match="gelu"):

@@ -117,7 +117,7 @@ def test_gradient_subsets(case, device):
     )
 )
 def test_packed_equals_separate(case, device):
-    """Sequences in one row by offsets, by ids, and each in a call of its own: results, gradients."""
+    """Sequences in a row, by offsets and by ids, as each in a call of its own; gradients, too."""
     call = case.call(device)
     packed = compare.run(call)
     bounds = call.arguments["cu_seqlens"].tolist()

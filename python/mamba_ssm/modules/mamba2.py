@@ -177,7 +177,7 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=bias, **factory_kwargs)
 
     def forward(self, u, seqlen=None, seq_idx=None, cu_seqlens=None, inference_params=None):
-        """u (batch, seqlen, d_model), or (batch * seqlen, d_model) with `seqlen`, to the same shape.
+        """u (batch, seqlen, d_model), with `seqlen` (batch * seqlen, d_model), to the same shape.
 
         seq_idx (batch, seqlen) or cu_seqlens (num_sequences + 1,), with batch 1, pack several
         sequences into a row, as in mamba_chunk_scan_combined: none sees another.
@@ -195,6 +195,10 @@ class Mamba2(nn.Module):
             raise ValueError(
                 f"{name}: u must have shape (batch, seqlen, d_model={self.d_model}), "
                 f"got {tuple(u.shape)}"
+            )
+        if cu_seqlens is not None and u.shape[0] != 1:
+            raise ValueError(
+                f"{name}: cu_seqlens needs u with batch = 1, got u of shape {tuple(u.shape)}"
             )
         if inference_params is not None:
             batch = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

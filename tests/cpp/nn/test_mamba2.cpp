@@ -144,6 +144,9 @@ TEST_CASE("wrong options and arguments of Mamba2 are refused in words", "[mamba2
       ContainsSubstring("conv_state must have shape (batch, channels, d_conv) = [2, 42, 4]"));
   CHECK_THROWS_WITH(block->step(at::randn({3, 2, 16}), state.conv_state, state.ssm_state),
                     ContainsSubstring("one token"));
+  const Tensor offsets = at::tensor(std::vector<int64_t>{0, 1, 2, 3});
+  CHECK_THROWS_WITH(block->forward(at::randn({2, 3, 16}), &state, std::nullopt, offsets),
+                    ContainsSubstring("batch = 1, got u of shape [2, 3, 16]"));
   MambaState empty;
   CHECK_THROWS_WITH(block->forward(at::randn({2, 3, 16}), &empty), ContainsSubstring("conv_state"));
 }
