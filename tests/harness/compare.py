@@ -110,7 +110,7 @@ def _report(where, what, actual, expected, wrong, note):
 
 
 def longest_sum(argument):
-    """A bound for the terms of a sum over one axis, or over rows and time (last, or second of 4)."""
+    """A bound for the terms of a sum over one axis, or over rows and time (last, or 2nd of 4)."""
     rows_and_time = [argument.shape[0] * argument.shape[-1]]
     if argument.dim() == 4:
         rows_and_time.append(argument.shape[0] * argument.shape[1])

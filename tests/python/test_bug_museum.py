@@ -380,9 +380,7 @@ def test_ssd_index_past_32_bits(axis, distance, device):
     dout = far(call.cotangents["out"], list(strides.values()), buffer)
     x = call.arguments["x"].detach().requires_grad_()
     results = call.invoke(x=x)
-    (dx,) = torch.autograd.grad(
-        list(results.values()), x, [dout, call.cotangents["final_states"]]
-    )
+    (dx,) = torch.autograd.grad(list(results.values()), x, [dout, call.cotangents["final_states"]])
     assert poison.same_bits(dx, expected.gradients["x"])
 
 
@@ -390,7 +388,11 @@ def test_ssd_index_past_32_bits(axis, distance, device):
 @pytest.mark.parametrize("axis", range(4))
 def test_ssd_matrix_index_past_32_bits(name, axis, distance, device):
     call = cases.Ssd(
-        batch=2, seqlen=5, headdim=3, dtype=torch.bfloat16, dtypes={"initial_states": torch.bfloat16}
+        batch=2,
+        seqlen=5,
+        headdim=3,
+        dtype=torch.bfloat16,
+        dtypes={"initial_states": torch.bfloat16},
     ).call(device)
     value = call.arguments[name]
     strides = [512, 64, 8, 1]
