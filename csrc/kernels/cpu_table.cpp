@@ -32,11 +32,21 @@ void layer_norm_bwd_reduce_cpu(const LayerNormParams& p, void* workspace, int64_
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
-    MAMBA_SSM_NAME_OF(MAMBA_SSM_ISA), causal_conv1d_fwd_cpu,           causal_conv1d_bwd_cpu,
-    causal_conv1d_update_cpu,         causal_conv1d_varlen_states_cpu, selective_scan_fwd_cpu,
-    selective_scan_bwd_cpu,           selective_scan_bwd_reduce_cpu,   selective_state_update_cpu,
-    rms_norm_gated_fwd_cpu,           rms_norm_gated_bwd_cpu,          rms_norm_gated_bwd_reduce_cpu,
-    layer_norm_fwd_cpu,               layer_norm_bwd_cpu,              layer_norm_bwd_reduce_cpu,
+    MAMBA_SSM_NAME_OF(MAMBA_SSM_ISA),
+    causal_conv1d_fwd_cpu,
+    causal_conv1d_bwd_cpu,
+    causal_conv1d_update_cpu,
+    causal_conv1d_varlen_states_cpu,
+    selective_scan_fwd_cpu,
+    selective_scan_bwd_cpu,
+    selective_scan_bwd_reduce_cpu,
+    selective_state_update_cpu,
+    rms_norm_gated_fwd_cpu,
+    rms_norm_gated_bwd_cpu,
+    rms_norm_gated_bwd_reduce_cpu,
+    layer_norm_fwd_cpu,
+    layer_norm_bwd_cpu,
+    layer_norm_bwd_reduce_cpu,
 };
 
 }  // namespace mamba_ssm::kernels::MAMBA_SSM_ISA

@@ -165,8 +165,9 @@ __global__ void backward_elements(const LayerNormParams p, const RowTeams teams,
   Acc* const to = partials + team.strip * kParameters * p.channels;
   for (int64_t row = team.strip; row < p.rows; row += team.strips) {
     const RowIndex at(p.axes, row);
-    const Acc rowscale =
-        given(p.rowscale) ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at(p.rowscale)) : Acc(1);
+    const Acc rowscale = given(p.rowscale)
+                             ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at(p.rowscale))
+                             : Acc(1);
     const auto source = [&](int64_t c) {
       return load_as<Acc>(p.sum.data, p.sum.dtype, at(p.sum, c));
     };
@@ -230,9 +231,8 @@ RowPlan plan(const LayerNormParams& p) {
   }
   constexpr int kParameter = Vector<T>::kSize / 4;
   using Stream = RowStream<T>;
-  const int slots =
-      kStages * (1 + Stream::slots(p.sum) + Stream::slots(p.dresidual_out)) +
-      kParameter * (given(p.dbias) ? 2 : 1);
+  const int slots = kStages * (1 + Stream::slots(p.sum) + Stream::slots(p.dresidual_out)) +
+                    kParameter * (given(p.dbias) ? 2 : 1);
   return plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kBackwardLimits);
 }
 

@@ -123,8 +123,9 @@ __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) 
   TeamSum<Acc> sum(team, buffers);
   for (int64_t row = team.strip; row < p.rows; row += team.strips) {
     const RowIndex at(p.axes, row);
-    const Acc rowscale =
-        given(p.rowscale) ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at(p.rowscale)) : Acc(1);
+    const Acc rowscale = given(p.rowscale)
+                             ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at(p.rowscale))
+                             : Acc(1);
     const auto sum_of = [&](int64_t c) {
       Acc v = dropped(p, p.dropout_mask, at, c, element<T>(p.x, at(p.x, c)) * rowscale);
       if (given(p.x1)) v += dropped(p, p.dropout_mask1, at, c, element<T>(p.x1, at(p.x1, c)));
@@ -171,8 +172,8 @@ RowPlan plan(const LayerNormParams& p) {
               rows_are_vectors<T>(p.out) && rows_are_vectors<T>(p.residual_out);
   }
   constexpr int kParameter = Vector<T>::kSize / 4;
-  const int slots = kStages * (1 + RowStream<T>::slots(p.residual)) +
-                    kParameter * (given(p.bias) ? 2 : 1);
+  const int slots =
+      kStages * (1 + RowStream<T>::slots(p.residual)) + kParameter * (given(p.bias) ? 2 : 1);
   return plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kForwardLimits);
 }
 

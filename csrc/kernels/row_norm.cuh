@@ -1,11 +1,11 @@
-// What the CUDA kernels of the norms share: teams of threads that own rows, their sums, rows on their
-// way through shared memory, and the addition of partial gradients.
+// What the CUDA kernels of the norms share: teams of threads that own rows, their sums, rows on
+// their way through shared memory, and the addition of partial gradients.
 //
 // A team owns one group of channels of every strips-th row and walks down those rows. Vectors: a
-// thread owns the same few vectors of every row; copies of the next row are in flight while it works
-// on this one, and it reads only what it copied itself, so that teams meet nowhere but in their
-// sums. Elements (any strides, any width): a thread takes every threads-th channel, and each pass
-// reads its inputs again, from the cache.
+// thread owns the same few vectors of every row; copies of the next row are in flight while it
+// works on this one, and it reads only what it copied itself, so that teams meet nowhere but in
+// their sums. Elements (any strides, any width): a thread takes every threads-th channel, and each
+// pass reads its inputs again, from the cache.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -265,9 +265,9 @@ constexpr int kStages = 2;
 template <class T>
 bool rows_are_vectors(const View<4>& v) {
   const int64_t size = v.dtype == DType::kFloat32 ? 4 : Vector<T>::kSize;
-  return !given(v) || (reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 &&
-                       v.stride[0] % size == 0 && v.stride[1] % size == 0 &&
-                       v.stride[2] % size == 0);
+  return !given(v) ||
+         (reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 &&
+          v.stride[0] % size == 0 && v.stride[1] % size == 0 && v.stride[2] % size == 0);
 }
 
 // ---- Launches
@@ -300,8 +300,8 @@ inline void place_teams(RowPlan& plan, int64_t rows, int threads_resident) {
   plan.teams.strips = std::min(rows, std::max<int64_t>(places / plan.teams.groups, 1));
 }
 
-/// What the registers of a kernel by vectors allow: threads of a multiprocessor, and of a team with up
-/// to 16 elements each.
+/// What the registers of a kernel by vectors allow: threads of a multiprocessor, and of a team with
+/// up to 16 elements each.
 struct RowLimits {
   int threads_resident, team;
 };
@@ -394,8 +394,8 @@ struct ParameterGradients {
 
 constexpr int kReduceThreads = 1024;
 
-/// A block adds the partial sums of 32 channels of one parameter: each warp every 32nd of them, then
-/// the sums of the warps, in order.
+/// A block adds the partial sums of 32 channels of one parameter: each warp every 32nd of them,
+/// then the sums of the warps, in order.
 template <class Acc, int kParameters>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_partials(const ParameterGradients<kParameters> gradients, const Acc* partials) {

@@ -175,9 +175,7 @@ Results reference(const Case& c, const Inputs& in) {
   for (Array<1>* gradient : {&r.dweight, &r.dbias, &r.dweight1, &r.dbias1}) gradient->fill(0);
   const Array<4> rows(kDouble, {c.rows[0], c.rows[1], c.rows[2], 1});
   rows.for_each([&](const std::array<int64_t, 4>& row) {
-    const auto at = [&](int64_t k) {
-      return std::array<int64_t, 4>{row[0], row[1], row[2], k};
-    };
+    const auto at = [&](int64_t k) { return std::array<int64_t, 4>{row[0], row[1], row[2], k}; };
     const auto dropped = [&](const Mask& mask, int64_t k, double v) {
       if (mask.bytes.empty()) return v;
       return mask[at(k)] ? v * kDropoutScale : 0.0;

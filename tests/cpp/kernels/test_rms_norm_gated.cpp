@@ -15,9 +15,7 @@ struct Case {
   DType dtype = DType::kFloat32, weight_dtype = DType::kFloat32;
   Layout layout = Layout::kDense;
 
-  std::array<int64_t, 4> shape() const {
-    return {rows[0], rows[1], rows[2], groups * group_size};
-  }
+  std::array<int64_t, 4> shape() const { return {rows[0], rows[1], rows[2], groups * group_size}; }
 };
 
 /// A base row, then rows that change one thing or two.
