@@ -79,6 +79,37 @@ CudaStatus selective_state_update_cuda(const SelectiveStateUpdateParams& p, Cuda
       p.dtype, [&](auto t) { return launch_selective_state_update<decltype(t)>(p, stream); });
 }
 
+CudaStatus rms_norm_gated_fwd_cuda(const RmsNormGatedParams& p, CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_rms_norm_gated_fwd<decltype(t)>(p, stream); });
+}
+
+size_t rms_norm_gated_bwd_cuda_workspace(const RmsNormGatedParams& p) {
+  return for_element(p.dtype,
+                     [&](auto t) { return workspace_rms_norm_gated_bwd<decltype(t)>(p); });
+}
+
+CudaStatus rms_norm_gated_bwd_cuda(const RmsNormGatedParams& p, void* workspace,
+                                   CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) {
+    return launch_rms_norm_gated_bwd<decltype(t)>(p, workspace, stream);
+  });
+}
+
+CudaStatus layer_norm_fwd_cuda(const LayerNormParams& p, CudaStream stream) {
+  return for_element(p.dtype,
+                     [&](auto t) { return launch_layer_norm_fwd<decltype(t)>(p, stream); });
+}
+
+size_t layer_norm_bwd_cuda_workspace(const LayerNormParams& p) {
+  return for_element(p.dtype, [&](auto t) { return workspace_layer_norm_bwd<decltype(t)>(p); });
+}
+
+CudaStatus layer_norm_bwd_cuda(const LayerNormParams& p, void* workspace, CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_layer_norm_bwd<decltype(t)>(p, workspace, stream); });
+}
+
 const char* cuda_error_string(CudaStatus status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }

@@ -6,6 +6,8 @@
 
 #include "causal_conv1d.h"
 #include "device.cuh"
+#include "layer_norm.h"
+#include "rms_norm_gated.h"
 #include "selective_scan.h"
 #include "selective_state_update.h"
 
@@ -37,5 +39,20 @@ CudaStatus launch_selective_scan_bwd(const SelectiveScanParams& p, void* workspa
 
 template <class T>
 CudaStatus launch_selective_state_update(const SelectiveStateUpdateParams& p, CudaStream stream);
+
+template <class T>
+CudaStatus launch_rms_norm_gated_fwd(const RmsNormGatedParams& p, CudaStream stream);
+template <class T>
+size_t workspace_rms_norm_gated_bwd(const RmsNormGatedParams& p);
+template <class T>
+CudaStatus launch_rms_norm_gated_bwd(const RmsNormGatedParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
+CudaStatus launch_layer_norm_fwd(const LayerNormParams& p, CudaStream stream);
+template <class T>
+size_t workspace_layer_norm_bwd(const LayerNormParams& p);
+template <class T>
+CudaStatus launch_layer_norm_bwd(const LayerNormParams& p, void* workspace, CudaStream stream);
 
 }  // namespace mamba_ssm::kernels

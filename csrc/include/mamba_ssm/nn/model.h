@@ -54,8 +54,8 @@ struct MAMBA_SSM_API MambaLMConfig {
   int64_t padded_vocab_size() const;
 };
 
-/// RMS norm (parameter `weight`) or layer norm (`weight`, `bias`) over the last dimension, fused with
-/// the addition before it. Computed in at least float32; the result has the dtype of its input.
+/// RMS norm (parameter `weight`) or layer norm (`weight`, `bias`) over the last dimension, fused
+/// with the addition before it. Computed in at least float32; the result has the dtype of hidden.
 /// Source: RMSNorm (arXiv 1910.07467).
 class MAMBA_SSM_API NormImpl : public torch::nn::Cloneable<NormImpl> {
  public:
@@ -63,8 +63,8 @@ class MAMBA_SSM_API NormImpl : public torch::nn::Cloneable<NormImpl> {
 
   void reset() override;
 
-  /// residual <- residual + hidden, at least float32 if residual_in_fp32; returns its norm. hidden is
-  /// (..., size); `residual` may be undefined, as 0.
+  /// residual <- residual + hidden, at least float32 if residual_in_fp32; returns its norm.
+  /// hidden is (..., size); an undefined residual counts as 0.
   at::Tensor forward(const at::Tensor& hidden, at::Tensor& residual, bool residual_in_fp32 = false);
 
   int64_t size;
