@@ -18,7 +18,6 @@
 // with the state's gradient, carry_{t-1} = a_t (carry_t + dy_t C_t).
 #pragma once
 
-#include <cuda_runtime.h>
 #include <mamba_ssm/limits.h>
 
 #include <algorithm>
@@ -26,39 +25,10 @@
 
 #include "device.cuh"
 #include "packed_sequences.h"
+#include "scan.cuh"
 #include "selective_scan.h"
 
 namespace mamba_ssm::kernels {
-
-constexpr float kSoftplusThreshold = 20;
-
-/// log1p(exp(x)) up to the threshold, x above: max(x, 0) + log1p(e) with e = exp(-|x|), and a
-/// minimax polynomial of log1p(e) / e on [0, 1] (relative error 3e-8), because log2(1 + e) loses
-/// the digits of a small e.
-__device__ __forceinline__ float softplus(float x) {
-  const float e = fast_exp2(-fabsf(x) * kLog2E);
-  float q = 0.0052326931f;
-  q = fmaf(q, e, -0.029505240f);
-  q = fmaf(q, e, 0.078225955f);
-  q = fmaf(q, e, -0.13663246f);
-  q = fmaf(q, e, 0.19106007f);
-  q = fmaf(q, e, -0.24842982f);
-  q = fmaf(q, e, 0.33319098f);
-  q = fmaf(q, e, -0.49999493f);
-  q = fmaf(q, e, 0.99999994f);
-  const float y = fmaf(q, e, fmaxf(x, 0.0f));
-  return x > kSoftplusThreshold ? x : y;
-}
-__device__ __forceinline__ double softplus(double x) {
-  return x > kSoftplusThreshold ? x : log1p(exp(x));
-}
-
-template <class Acc>
-__device__ __forceinline__ Acc softplus_gradient(Acc x) {
-  return x > kSoftplusThreshold ? Acc(1) : sigmoid(x);
-}
-
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Layout of the shared path -----------------------------------------------------------------
 
@@ -340,12 +310,6 @@ __device__ __forceinline__ void clear_tokens(unsigned mask, int part, float (&x)
   for (int j = 0; j < kTokens; ++j) {
     if (mask >> (part * kTokens + j) & 1) x[j] = 0;
   }
-}
-
-/// Element c of an optional parameter; 0 if absent.
-template <class Acc>
-__device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
-  return given(v) ? load_as<Acc>(v.data, v.dtype, c * v.stride[0]) : Acc(0);
 }
 
 // ---- Matrices and states -----------------------------------------------------------------------
@@ -755,14 +719,6 @@ constexpr int64_t kMaxSharedStates = 256;  // the state of a row lives in shared
 constexpr int64_t kMaxSize = int64_t{1} << 30;
 constexpr int64_t kMinGroupChannels = 4;  // with fewer, most rows of a warp would be empty
 
-inline int64_t device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
 /// True if the shared path takes a call; the generic kernels take every other one.
 template <class T>
 bool takes_shared_path(const SelectiveScanParams& p) {
@@ -817,41 +773,11 @@ inline ScanPlan plan_scan(const SelectiveScanParams& p, int block_channels, cons
   return plan;
 }
 
-/// Parts of a workspace, each on a 256-byte boundary; the first pass, without a base, only counts.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class U>
-  U* take(int64_t count) {
-    U* part = reinterpret_cast<U*>(base_ + size_);
-    size_ += ceil_div(count * static_cast<int64_t>(sizeof(U)), 256) * 256;
-    return part;
-  }
-  size_t size() const { return size_; }
-
- private:
-  char* base_;
-  size_t size_ = 0;
-};
-
 inline SegmentSums take_segment_sums(Workspace& workspace, const SelectiveScanParams& p,
                                      const ScanPlan& plan) {
   if (plan.segments == 1) return {};
   const int64_t rows = p.batch * plan.segments * p.dim;
   return {workspace.take<float>(rows * p.dstate), workspace.take<float>(rows)};
-}
-
-/// Launches `kernel` with more shared memory than a launch gets unasked, if it takes that.
-template <class... Parameters, class... Arguments>
-void launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
-                   cudaStream_t stream, const Arguments&... arguments) {
-  constexpr size_t kUnasked = 48 * 1024;
-  if (bytes > kUnasked) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(bytes));
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
 }
 
 template <class T, bool kReverse>
