@@ -213,8 +213,17 @@ constexpr int kTileVector = 8;  // elements of 16 bytes
 /// Position of an element in a tile of kRows rows.
 template <int kRows>
 __device__ __forceinline__ int tile_at(int row, int column) {
-  const int vector = (column / kTileVector ^ row) % (kPanel / kTileVector);
-  return (column / kPanel * kRows + row) * kPanel + vector * kTileVector + column % kTileVector;
+  const int vector = (column >> 3 ^ row) & 7;
+  return ((column >> 6) * kRows + row) * kPanel + vector * kTileVector + (column & 7);
+}
+
+/// tile_at(row + lane_row, column + 8 * lane_vector) for a row that is a multiple of 8 and a column
+/// that is one of 16: what depends on the lane (lane_vector is 0 or 1) is computed once for all of
+/// them.
+template <int kRows>
+__device__ __forceinline__ int tile_at(int row, int column, int lane_row, int lane_vector) {
+  const int lane_part = lane_row * kPanel + ((lane_vector ^ lane_row) & 7) * kTileVector;
+  return (lane_part ^ (column & 63)) + ((column >> 6) * kRows + row) * kPanel;
 }
 
 /// A matrix in global memory: elements column by column, rows row_stride apart.
@@ -325,29 +334,29 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const T* row) {
 }
 
 // The operands of products out of a tile. `tile` is M or its transpose as it lies in shared memory;
-// row and column count there.
+// row and column count there and are multiples of 16.
 
 /// A = M[row .. + 16][column .. + 16].
 template <int kRows, class T>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const T* tile, int row, int column) {
-  const int lane = threadIdx.x % kWarpSize;
-  load_matrices<false>(a, tile + tile_at<kRows>(row + lane % 16, column + lane / 16 * 8));
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  load_matrices<false>(a, tile + tile_at<kRows>(row, column, lane % 16, lane / 16));
 }
 
 /// A = M[row .. + 16][column .. + 16] transposed.
 template <int kRows, class T>
 __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const T* tile, int row,
                                                   int column) {
-  const int lane = threadIdx.x % kWarpSize;
-  load_matrices<true>(
-      a, tile + tile_at<kRows>(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  load_matrices<true>(a,
+                      tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2));
 }
 
 /// B of two products: b[0], b[1] = M[row .. + 16][column .. + 8], b[2], b[3] the 8 columns behind.
 template <int kRows, class T>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], const T* tile, int row, int column) {
-  const int lane = threadIdx.x % kWarpSize;
-  load_matrices<true>(b, tile + tile_at<kRows>(row + lane % 16, column + lane / 16 * 8));
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  load_matrices<true>(b, tile + tile_at<kRows>(row, column, lane % 16, lane / 16));
 }
 
 /// B of two products, of M transposed: b[0], b[1] = M[row .. + 8][column .. + 16]^T, b[2], b[3] the
@@ -355,9 +364,9 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const T* tile, int row,
 template <int kRows, class T>
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const T* tile, int row,
                                                   int column) {
-  const int lane = threadIdx.x % kWarpSize;
-  load_matrices<false>(
-      b, tile + tile_at<kRows>(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  load_matrices<false>(b,
+                       tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2));
 }
 
 /// Two elements in one register, the first in the low half.
