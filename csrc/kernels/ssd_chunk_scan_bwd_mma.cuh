@@ -1,0 +1,849 @@
+// SSD backward on the tensor cores: T of 16 bits, up to 128 states.
+//
+// Matrices of a chunk have kChunk = 64 rows (tokens i, j) and 64 columns (channels p of one block
+// of a head, "block head") or kStates (n). Operands of products are of type T, sums float32.
+//
+//   walk_states      goes through a segment of one block head chunk by chunk, forwards with the
+//                    state S (p, n) in registers, or backwards with its gradient dS:
+//                      S  <- passing S  + (leaving d x)^T B      dS <- passing dS + (entering dy)^T C
+//                    and leaves S before, and dS behind, every chunk in the workspace.
+//   chunk_gradients  takes one chunk and walks through block heads of one group. With L_ij what is
+//                    left at i of token j's contribution, G = dy x^T and M = (C B^T) o L:
+//                      dx  = d (M^T dy + leaving B dS^T) + D dy
+//                      dCB = sum over heads of G o L o d          (columns j by d_j)
+//                      dC  = sum over heads of entering dy S  + dCB B
+//                      dB  = sum over heads of leaving d x dS + dCB^T C
+//                    With W = G o L o d o (C B^T), the decays get: later_i = row sums - column sums
+//                    of W + entering <dy_i S, C_i>; earlier_j = leaving d <x_j dS, B_j>; passing =
+//                    passing <S, dS>.
+#pragma once
+
+#include <algorithm>
+
+#include "ssd_chunk_scan_bwd.cuh"
+
+namespace mamba_ssm::kernels {
+
+constexpr int kBlockDim = kPanel;  // channels of a block head
+
+__host__ __device__ constexpr int tile_size(int columns) { return kChunk * columns; }
+
+/// What the kernels of this path take from the host.
+template <class T>
+struct MmaPlan {
+  StepSpace<float> steps;
+  Segments segments;  // of the walk
+  int64_t subsets;    // of the block heads of a group, each with a block of its own per chunk
+  bool vector_x, vector_dout, vector_B, vector_C, vector_dx;
+  float* D;          // (heads, kBlockDim), 0 behind headdim
+  T* states;         // (slots, heads), before each chunk: tiles (kBlockDim, kStates)
+  T* dstates;        // likewise, behind each chunk
+  float* ends;       // (2, segment slots, heads): S behind, dS before a segment walked from 0
+  float* end_decay;  // likewise: what a segment leaves of the state before it
+  float* dB;         // (subsets, slots, ngroups, kChunk, dstate), with more than one subset
+  float* dC;         // likewise
+};
+
+/// Sums x over the rows r of a product's result, a lane holding columns 2c and 2c + 1 of two
+/// neighboring ones. Lanes with r even end up with the sum of column summed_column().
+__device__ __forceinline__ float sum_over_rows(const float (&x)[2][2]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const bool second = lane & 16;
+  const float keep0 = second ? x[1][0] : x[0][0];
+  const float keep1 = second ? x[1][1] : x[0][1];
+  const float pair0 = keep0 + __shfl_xor_sync(kAllLanes, second ? x[0][0] : x[1][0], 16);
+  const float pair1 = keep1 + __shfl_xor_sync(kAllLanes, second ? x[0][1] : x[1][1], 16);
+  const bool odd = lane & 8;
+  const float sum = (odd ? pair1 : pair0) + __shfl_xor_sync(kAllLanes, odd ? pair0 : pair1, 8);
+  return sum + __shfl_xor_sync(kAllLanes, sum, 4);
+}
+__device__ __forceinline__ int summed_column() {
+  const int lane = threadIdx.x % kWarpSize;
+  return lane / 16 * 8 + lane % 4 * 2 + lane / 8 % 2;
+}
+
+/// Sums x over the columns of a product's result: over the four lanes of a row.
+__device__ __forceinline__ float sum_over_columns(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+__device__ __forceinline__ float sum_over_warp(float x) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, distance);
+  }
+  return x;
+}
+
+// ---- States ------------------------------------------------------------------------------------
+
+constexpr int kWalkWarps = 4;
+constexpr int kWalkThreads = kWalkWarps * kWarpSize;
+
+template <class T, int kStates>
+struct WalkShared {
+  struct Stage {
+    T values[tile_size(kBlockDim)];  // x or dy: (token, p)
+    T matrix[tile_size(kStates)];    // B or C: (token, n)
+    float step[kChunk], decay[kChunk];
+  };
+  Stage stage[2];
+  T image[kBlockDim * kStates];  // the state, rounded
+  float factor[kWalkWarps][kChunk];
+};
+
+/// A block walks through one segment of one block head in one direction. With kEnds it leaves only
+/// what a segment does to a state of 0, for the segments behind it.
+template <class T, int kStates, bool kEnds>
+__global__ void __launch_bounds__(kWalkThreads, 3)
+    walk_states(const SsdChunkScanParams p, const MmaPlan<T> plan) {
+  extern __shared__ float4 shared_base[];
+  auto& shared = *reinterpret_cast<WalkShared<T, kStates>*>(shared_base);
+  constexpr int kPanels = kStates / kPanel;
+  constexpr int kTiles = kPanels;  // of 16 rows per warp; it has one panel of columns
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane / 4;
+  const int pair = lane % 4 * 2;
+  const int first_row = warp / kPanels * (16 * kTiles);
+  const int panel = warp % kPanels;
+
+  const StepSpace<float>& steps = plan.steps;
+  const bool backwards = blockIdx.x % 2;
+  const int64_t block_head = blockIdx.x / 2 % steps.heads;
+  const int64_t segment_slot = blockIdx.x / 2 / steps.heads;
+  const Segment segment = segment_of(p, plan.segments, segment_slot);
+  if (!segment.exists || (kEnds && (backwards ? segment.first : segment.last))) return;
+  const int64_t head = block_head / steps.head_blocks;
+  const int64_t channel = block_head % steps.head_blocks * kBlockDim;
+  const int64_t group = head / (p.nheads / p.ngroups);
+  const int64_t first_slot = steps.slot_of(p, segment.sequence, segment.begin);
+  const int chunks = static_cast<int>(ceil_div(segment.end - segment.begin, kChunk));
+
+  float state[kTiles][8][4];
+  const auto for_state = [&](auto f) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          f(state[m][n][e], channel + first_row + 16 * m + e / 2 * 8 + row,
+            panel * kPanel + 8 * n + pair + e % 2);
+        }
+      }
+    }
+  };
+  const View<4>& start = backwards ? p.dfinal_states : p.initial_states;
+  const bool starts = !kEnds && given(start) &&
+                      (backwards || has_initial_state(p, segment.sequence));
+  for_state([&](float& s, int64_t channel, int64_t n) {
+    s = 0;
+    if (starts && channel < p.headdim && n < p.dstate) {
+      s = load_as<float>(start.data, start.dtype,
+                         segment.sequence * start.stride[0] + head * start.stride[1] +
+                             channel * start.stride[2] + n * start.stride[3]);
+    }
+  });
+  // The walked segments between the sequence's end and this one, that end first.
+  const auto end_of = [&](int64_t slot) {
+    return ((backwards ? plan.segments.slots : 0) + slot) * steps.heads + block_head;
+  };
+  constexpr int kStateSize = kBlockDim * kStates;
+  if (!kEnds && plan.segments.per_sequence > 1) {
+    const Sequence sequence = sequence_of(p, segment.sequence);
+    const int64_t length = plan.segments.length;
+    const int64_t index = (segment.begin - sequence.begin) / length;
+    const int64_t count = ceil_div(sequence.end - sequence.begin, length);
+    const int64_t before = backwards ? count - 1 - index : index;
+    for (int64_t i = 0; i < before; ++i) {
+      const int64_t end = end_of(segment_slot + (backwards ? before - i : i - before));
+      const float decay = plan.end_decay[end];
+      const float4* const source =
+          reinterpret_cast<const float4*>(plan.ends + end * kStateSize) + threadIdx.x;
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const float4 x = source[(m * 8 + n) * kWalkThreads];
+          state[m][n][0] = fmaf(decay, state[m][n][0], x.x);
+          state[m][n][1] = fmaf(decay, state[m][n][1], x.y);
+          state[m][n][2] = fmaf(decay, state[m][n][2], x.z);
+          state[m][n][3] = fmaf(decay, state[m][n][3], x.w);
+        }
+      }
+    }
+  }
+
+  const MatrixView<const T> values =
+      backwards ? MatrixView<const T>(p.dout, plan.vector_dout, segment.row, head, channel, p.headdim)
+                : MatrixView<const T>(p.x, plan.vector_x, segment.row, head, channel, p.headdim);
+  const MatrixView<const T> matrix =
+      backwards ? MatrixView<const T>(p.C, plan.vector_C, segment.row, group, 0, p.dstate)
+                : MatrixView<const T>(p.B, plan.vector_B, segment.row, group, 0, p.dstate);
+  const auto chunk_at = [&](int k) { return backwards ? chunks - 1 - k : k; };
+  const auto masks_of = [&](int k) {
+    return k < chunks ? steps.masks[first_slot + chunk_at(k)] : ChunkMasks{};
+  };
+  const auto load = [&](int k, const ChunkMasks& masks) {
+    if (k < chunks) {
+      auto& stage = shared.stage[k % 2];
+      const int64_t begin = segment.begin + int64_t{chunk_at(k)} * kChunk;
+      constexpr int kVectors = kBlockDim / kTileVector;
+#pragma unroll
+      for (int i = threadIdx.x; i < kChunk * kVectors; i += kWalkThreads) {
+        const int t = i / kVectors;
+        const int column = i % kVectors * kTileVector;
+        const bool there = masks.real >> t & 1;
+        copy_tile_vector(stage.values + tile_at<kChunk>(t, column), values, begin + t, column,
+                         there);
+#pragma unroll
+        for (int n = 0; n < kPanels; ++n) {
+          copy_tile_vector(stage.matrix + tile_at<kChunk>(t, n * kPanel + column), matrix,
+                           begin + t, n * kPanel + column, there);
+        }
+      }
+      if (threadIdx.x < 2 * kChunk / 4) {
+        const float* const source = threadIdx.x < kChunk / 4 ? steps.step : steps.decay;
+        const int64_t slot = first_slot + chunk_at(k);
+        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + threadIdx.x,
+                   source + (slot * p.nheads + head) * kChunk + threadIdx.x % (kChunk / 4) * 4);
+      }
+    }
+    commit_copies();
+  };
+
+  float log_decay = 0;  // of the segment; -infinity across a reset
+  ChunkMasks masks = masks_of(0);
+  ChunkMasks next_masks = masks_of(1);
+  load(0, masks);
+#pragma unroll 1
+  for (int k = 0; k < chunks; ++k) {
+    wait_copies<0>();
+    __syncthreads();
+    load(k + 1, next_masks);
+    const ChunkMasks coming_masks = masks_of(k + 2);
+    const auto& stage = shared.stage[k % 2];
+    const float last_decay = stage.decay[kChunk - 1];
+    {
+      const int first_reset = masks.first_reset();
+      const int last_reset = masks.last_reset();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int t = lane + i * kWarpSize;
+        const float decay = stage.decay[t];
+        float factor = 0;
+        if (backwards) {
+          if (t < first_reset) factor = fast_exp2(decay);
+        } else if (t >= last_reset) {
+          factor = fast_exp2(last_decay - decay) * stage.step[t];
+        }
+        shared.factor[warp][t] = factor;
+      }
+    }
+    if constexpr (kEnds) {
+      log_decay += masks.resets == 0 ? last_decay : -INFINITY;
+    } else {
+      T* const image = shared.image + panel * tile_size(kPanel) + first_row * kPanel;
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            *reinterpret_cast<uint32_t*>(
+                image + tile_at<kBlockDim>(16 * m + 8 * half + row, 8 * n + pair)) =
+                round_pair<T>(state[m][n][2 * half], state[m][n][2 * half + 1]);
+          }
+        }
+      }
+    }
+    __syncwarp();
+    if constexpr (!kEnds) {
+      const int64_t slot = first_slot + chunk_at(k);
+      const int own = panel * tile_size(kPanel) + first_row * kPanel;
+      T* const target = (backwards ? plan.dstates : plan.states) +
+                        (slot * steps.heads + block_head) * kStateSize + own;
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        const int at = (i * kWarpSize + lane) * kTileVector;
+        store_vector(target + at, load_vector(shared.image + own + at));
+      }
+    }
+
+    const float passing = masks.resets == 0 ? fast_exp2(last_decay) : 0.0f;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) state[m][n][e] *= passing;
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kChunk; t += 16) {
+      const float2 low = *reinterpret_cast<const float2*>(&shared.factor[warp][t + pair]);
+      const float2 high = *reinterpret_cast<const float2*>(&shared.factor[warp][t + 8 + pair]);
+      uint32_t a[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        load_a_transposed<kChunk>(a[m], stage.values, t, first_row + 16 * m);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 x = unpack_pair<T>(a[m][i]);
+          const float2 f = i < 2 ? low : high;
+          a[m][i] = round_pair<T>(x.x * f.x, x.y * f.y);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 8; n += 2) {
+        uint32_t b[4];
+        load_b<kChunk>(b, stage.matrix, t, panel * kPanel + 8 * n);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          multiply_add<T>(state[m][n], a[m], b[0], b[1]);
+          multiply_add<T>(state[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+    masks = next_masks;
+    next_masks = coming_masks;
+  }
+  wait_copies<0>();
+
+  if constexpr (kEnds) {
+    const int64_t end = end_of(segment_slot);
+    float4* const target = reinterpret_cast<float4*>(plan.ends + end * kStateSize) + threadIdx.x;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float(&s)[4] = state[m][n];
+        target[(m * 8 + n) * kWalkThreads] = make_float4(s[0], s[1], s[2], s[3]);
+      }
+    }
+    if (threadIdx.x == 0) plan.end_decay[end] = fast_exp2(log_decay);
+  } else if (backwards && segment.first && given(p.dinitial_states) &&
+             has_initial_state(p, segment.sequence)) {
+    const View<4>& v = p.dinitial_states;
+    for_state([&](float s, int64_t channel, int64_t n) {
+      if (channel >= p.headdim || n >= p.dstate) return;
+      store_as(v.data, v.dtype,
+               segment.sequence * v.stride[0] + head * v.stride[1] + channel * v.stride[2] +
+                   n * v.stride[3],
+               s);
+    });
+  }
+}
+
+// ---- Gradients of a chunk ----------------------------------------------------------------------
+//
+// Twelve warps. Warps 0-3 have the products between tokens: 16 tokens j each, C B^T, its gradient
+// and G transposed, so that M^T comes out of one product as an operand of the next. Warps 4-7 have
+// dC, warps 8-11 dB, 16 tokens each, in registers through all block heads.
+
+constexpr int kPairWarps = 4;
+constexpr int kStateThreads = 8 * kWarpSize;  // of dC and dB
+constexpr int kGradientThreads = kPairWarps * kWarpSize + kStateThreads;
+
+template <class T, int kStates>
+struct GradientShared {
+  struct Stage {
+    T x[tile_size(kBlockDim)];      // (token, p)
+    T dy[tile_size(kBlockDim)];     // likewise
+    T state[kBlockDim * kStates];   // (p, n)
+    T dstate[kBlockDim * kStates];  // likewise
+    float step[kChunk], decay[kChunk], D[kBlockDim];
+  };
+  /// What the warps found out about one block head.
+  struct Sums {
+    float rows[kPairWarps][kChunk];  // row sums of W, one part per 16 columns
+    float columns[kChunk];           // column sums of W
+    float entering[kChunk];
+    float earlier[kChunk];
+    float input[kChunk];
+    float dD[kPairWarps][kBlockDim];
+    float passing[kPairWarps];
+  };
+  Stage stage[2];
+  T B[tile_size(kStates)], C[tile_size(kStates)];  // (token, n)
+  T dx[tile_size(kBlockDim)];
+  Sums sums[2];
+};
+
+/// dC or dB of one block head, 16 tokens of them: acc += factor A S, and <A S, M> per token, with
+/// A in registers.
+template <class T, int kStates>
+__device__ __forceinline__ void add_state_term(const uint32_t (&a)[4][4], const T* state,
+                                               const T* matrix, int first_row,
+                                               const float (&factor)[2],
+                                               float (&acc)[kStates / 8][4], float (&dot)[2]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane / 4;
+  const int pair = lane % 4 * 2;
+  dot[0] = dot[1] = 0;
+#pragma unroll
+  for (int n = 0; n < kStates / 8; n += 2) {
+    float term[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kBlockDim / 16; ++k) {
+      uint32_t b[4];
+      load_b<kBlockDim>(b, state, 16 * k, 8 * n);
+      multiply_add<T>(term[0], a[k], b[0], b[1]);
+      multiply_add<T>(term[1], a[k], b[2], b[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 m = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(
+            matrix + tile_at<kChunk>(first_row + 8 * half + row, 8 * (n + i) + pair)));
+        const float x = term[i][2 * half];
+        const float y = term[i][2 * half + 1];
+        dot[half] = fmaf(x, m.x, fmaf(y, m.y, dot[half]));
+        acc[n + i][2 * half] = fmaf(factor[half], x, acc[n + i][2 * half]);
+        acc[n + i][2 * half + 1] = fmaf(factor[half], y, acc[n + i][2 * half + 1]);
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) dot[half] = factor[half] * sum_over_columns(dot[half]);
+}
+
+template <class T, int kStates>
+__global__ void __launch_bounds__(kGradientThreads, 1)
+    chunk_gradients(const SsdChunkScanParams p, const MmaPlan<T> plan) {
+  extern __shared__ float4 shared_base[];
+  auto& shared = *reinterpret_cast<GradientShared<T, kStates>*>(shared_base);
+  const StepSpace<float>& steps = plan.steps;
+  const int64_t subset = blockIdx.x % plan.subsets;
+  const int64_t group = blockIdx.x / plan.subsets % p.ngroups;
+  const int64_t slot = blockIdx.x / plan.subsets / p.ngroups;
+  const int64_t group_heads = steps.heads / p.ngroups;
+  const int64_t first_head = group * group_heads + group_heads * subset / plan.subsets;
+  const int heads = static_cast<int>(group * group_heads +
+                                     group_heads * (subset + 1) / plan.subsets - first_head);
+  const Segment chunk = segment_of(p, steps.chunks, slot);
+  if (!chunk.exists || chunk.begin >= chunk.end) return;
+  const int tokens = static_cast<int>(chunk.end - chunk.begin);
+  const ChunkMasks masks = steps.masks[slot];
+
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane / 4;
+  const int pair = lane % 4 * 2;
+  const int first_row = warp % 4 * 16;  // of the warp's 16 tokens
+  const int thread = static_cast<int>(threadIdx.x) - kPairWarps * kWarpSize;  // of dC and dB
+  constexpr int kVectors = kBlockDim / kTileVector;
+  constexpr int kStateSize = kBlockDim * kStates;
+
+  // All copies are made by the warps of dC and dB; the others have more to compute.
+  const auto load = [&](int k) {
+    if (thread >= 0 && k < heads) {
+      auto& stage = shared.stage[k % 2];
+      const int64_t block_head = first_head + k;
+      const int64_t head = block_head / steps.head_blocks;
+      const int64_t channel = block_head % steps.head_blocks * kBlockDim;
+      const MatrixView<const T> x(p.x, plan.vector_x, chunk.row, head, channel, p.headdim);
+      const MatrixView<const T> dy(p.dout, plan.vector_dout, chunk.row, head, channel, p.headdim);
+#pragma unroll
+      for (int i = 0; i < kChunk * kVectors; i += kStateThreads) {
+        const int t = (i + thread) / kVectors;
+        const int column = (i + thread) % kVectors * kTileVector;
+        const bool there = masks.real >> t & 1;
+        const int at = tile_at<kChunk>(t, column);
+        copy_tile_vector(stage.x + at, x, chunk.begin + t, column, there);
+        copy_tile_vector(stage.dy + at, dy, chunk.begin + t, column, there);
+      }
+      const int64_t tile = (slot * steps.heads + block_head) * kStateSize;
+#pragma unroll
+      for (int i = 0; i < kStateSize / kTileVector; i += kStateThreads) {
+        const int at = (i + thread) * kTileVector;
+        copy_async(reinterpret_cast<Pack<T, kTileVector>*>(stage.state + at),
+                   plan.states + tile + at);
+        copy_async(reinterpret_cast<Pack<T, kTileVector>*>(stage.dstate + at),
+                   plan.dstates + tile + at);
+      }
+      constexpr int kPacks = kChunk / 4;
+      static_assert(kChunk == kBlockDim);
+      if (thread < 3 * kPacks) {
+        const int64_t at = (slot * p.nheads + head) * kChunk;
+        const float* const source = thread < kPacks       ? steps.step + at
+                                    : thread < 2 * kPacks ? steps.decay + at
+                                                          : plan.D + block_head * kBlockDim;
+        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + thread,
+                   source + thread % kPacks * 4);
+      }
+    }
+    commit_copies();
+  };
+  // The sums of block head k go to the workspace.
+  const auto store_sums = [&](int k) {
+    if (thread < 0) return;
+    const auto& sums = shared.sums[k % 2];
+    const int64_t out = slot * steps.heads + first_head + k;
+    const int i = thread % kChunk;
+    switch (thread / kChunk) {
+      case 0: {
+        float x = sums.entering[i] - sums.columns[i];
+        for (int part = 0; part < kPairWarps; ++part) x += sums.rows[part][i];
+        steps.later[out * kChunk + i] = x;
+        break;
+      }
+      case 1:
+        steps.earlier[out * kChunk + i] = sums.earlier[i];
+        break;
+      case 2:
+        steps.input[out * kChunk + i] = sums.input[i];
+        if (i == 0) {
+          steps.passing[out] =
+              (sums.passing[0] + sums.passing[1]) + (sums.passing[2] + sums.passing[3]);
+        }
+        break;
+      default:
+        if (given(p.dD)) {
+          steps.dD[out * kBlockDim + i] =
+              (sums.dD[0][i] + sums.dD[1][i]) + (sums.dD[2][i] + sums.dD[3][i]);
+        }
+    }
+  };
+
+  if (thread >= 0) {
+    const MatrixView<const T> B(p.B, plan.vector_B, chunk.row, group, 0, p.dstate);
+    const MatrixView<const T> C(p.C, plan.vector_C, chunk.row, group, 0, p.dstate);
+    constexpr int kStateVectors = kStates / kTileVector;
+    for (int i = thread; i < kChunk * kStateVectors; i += kStateThreads) {
+      const int t = i / kStateVectors;
+      const int column = i % kStateVectors * kTileVector;
+      const bool there = masks.real >> t & 1;
+      const int at = tile_at<kChunk>(t, column);
+      copy_tile_vector(shared.B + at, B, chunk.begin + t, column, there);
+      copy_tile_vector(shared.C + at, C, chunk.begin + t, column, there);
+    }
+  }
+  load(0);
+
+  if (warp < kPairWarps) {
+    for (int i = lane; i < first_row; i += kWarpSize) {  // W is 0 there
+      shared.sums[0].rows[warp][i] = shared.sums[1].rows[warp][i] = 0;
+    }
+    int sees[2];  // tokens i from j on that see token j
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = first_row + 8 * half + row;
+      sees[half] = masks.next_reset(j) - j;
+    }
+    T* const dx_tile = shared.dx;
+    float cb[8][4] = {};   // (B C^T)(j, i)
+    float dcb[8][4] = {};  // its gradient
+#pragma unroll 1
+    for (int k = 0; k < heads; ++k) {
+      wait_copies<0>();
+      __syncthreads();
+      if (k == 0) {
+#pragma unroll
+        for (int n = 0; n < kStates / 16; ++n) {
+          uint32_t a[4];
+          load_a<kChunk>(a, shared.B, first_row, 16 * n);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (i < warp) continue;
+            uint32_t b[4];
+            load_b_transposed<kChunk>(b, shared.C, 16 * i, 16 * n);
+            multiply_add<T>(cb[2 * i], a, b[0], b[1]);
+            multiply_add<T>(cb[2 * i + 1], a, b[2], b[3]);
+          }
+        }
+      }
+      const auto& stage = shared.stage[k % 2];
+      auto& sums = shared.sums[k % 2];
+      float decay[2], step[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        decay[half] = stage.decay[first_row + 8 * half + row];
+        step[half] = stage.step[first_row + 8 * half + row];
+      }
+      uint32_t x[4][4];  // (j, p)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) load_a<kChunk>(x[c], stage.x, first_row, 16 * c);
+
+      uint32_t m[4][4];  // M^T (j, i)
+      float columns[2] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i < warp) continue;
+        float g[2][4] = {};  // G^T (j, i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          uint32_t b[4];
+          load_b_transposed<kChunk>(b, stage.dy, 16 * i, 16 * c);
+          multiply_add<T>(g[0], x[c], b[0], b[1]);
+          multiply_add<T>(g[1], x[c], b[2], b[3]);
+        }
+        float rows[2][2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int column = 16 * i + 8 * n + pair;
+          const float2 at = *reinterpret_cast<const float2*>(&stage.decay[column]);
+          float masked[4], w[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int half = e / 2;
+            const unsigned distance = column + e % 2 - (first_row + 8 * half + row);
+            const float left = fast_exp2((e % 2 ? at.y : at.x) - decay[half]);
+            const float weight = distance < static_cast<unsigned>(sees[half]) ? left : 0.0f;
+            const float product = cb[2 * i + n][e];
+            masked[e] = product * weight;
+            const float gradient = g[n][e] * (weight * step[half]);
+            dcb[2 * i + n][e] += gradient;
+            w[e] = gradient * product;
+            columns[half] += w[e];
+          }
+          rows[n][0] = w[0] + w[2];
+          rows[n][1] = w[1] + w[3];
+          m[i][2 * n] = round_pair<T>(masked[0], masked[1]);
+          m[i][2 * n + 1] = round_pair<T>(masked[2], masked[3]);
+        }
+        const float sum = sum_over_rows(rows);
+        if (row % 2 == 0) sums.rows[warp][16 * i + summed_column()] = sum;
+      }
+
+      float acc[8][4] = {};  // dx without d and D
+#pragma unroll
+      for (int n = 0; n < kStates / 16; ++n) {
+        uint32_t a[4];
+        load_a<kChunk>(a, shared.B, first_row, 16 * n);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          uint32_t b[4];
+          load_b_transposed<kBlockDim>(b, stage.dstate, 16 * c, 16 * n);
+          multiply_add<T>(acc[2 * c], a, b[0], b[1]);
+          multiply_add<T>(acc[2 * c + 1], a, b[2], b[3]);
+        }
+      }
+      const float last_decay = stage.decay[kChunk - 1];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float leaving = first_row + 8 * half + row >= masks.last_reset()
+                                  ? fast_exp2(last_decay - decay[half])
+                                  : 0.0f;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          acc[c][2 * half] *= leaving;
+          acc[c][2 * half + 1] *= leaving;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i < warp) continue;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          uint32_t b[4];
+          load_b<kChunk>(b, stage.dy, 16 * i, 16 * c);
+          multiply_add<T>(acc[2 * c], m[i], b[0], b[1]);
+          multiply_add<T>(acc[2 * c + 1], m[i], b[2], b[3]);
+        }
+      }
+
+      // x[c][2 * n + half] and acc[2 * c + n][2 * half ..] have the same rows and columns.
+      float input[2] = {};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 value = unpack_pair<T>(x[c][i]);
+          float(&a)[4] = acc[2 * c + i / 2];
+          const int half = i % 2;
+          input[half] = fmaf(a[2 * half], value.x, fmaf(a[2 * half + 1], value.y, input[half]));
+          a[2 * half] *= step[half];
+          a[2 * half + 1] *= step[half];
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        input[half] = sum_over_columns(input[half]);
+        columns[half] = sum_over_columns(columns[half]);
+        if (lane % 4 == 0) {
+          sums.input[first_row + 8 * half + row] = input[half];
+          sums.columns[first_row + 8 * half + row] = columns[half];
+        }
+      }
+      if (given(p.D)) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          uint32_t dy[4];
+          load_a<kChunk>(dy, stage.dy, first_row, 16 * c);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 value = unpack_pair<T>(dy[i]);
+            const float2 D =
+                *reinterpret_cast<const float2*>(&stage.D[16 * c + i / 2 * 8 + pair]);
+            float(&a)[4] = acc[2 * c + i / 2];
+            a[i % 2 * 2] = fmaf(D.x, value.x, a[i % 2 * 2]);
+            a[i % 2 * 2 + 1] = fmaf(D.y, value.y, a[i % 2 * 2 + 1]);
+          }
+        }
+      }
+      if (given(p.dx)) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            *reinterpret_cast<uint32_t*>(
+                dx_tile + tile_at<kChunk>(first_row + 8 * half + row, 8 * c + pair)) =
+                round_pair<T>(acc[c][2 * half], acc[c][2 * half + 1]);
+          }
+        }
+        __syncwarp();
+        const int64_t block_head = first_head + k;
+        const MatrixView<T> dx(p.dx, plan.vector_dx, chunk.row, block_head / steps.head_blocks,
+                               block_head % steps.head_blocks * kBlockDim, p.headdim);
+#pragma unroll
+        for (int i = 0; i < 16 * kVectors; i += kWarpSize) {
+          const int t = first_row + (i + lane) / kVectors;
+          const int column = (i + lane) % kVectors * kTileVector;
+          if (t < tokens) {
+            store_tile_vector(dx_tile + tile_at<kChunk>(t, column), dx, chunk.begin + t, column);
+          }
+        }
+        __syncwarp();
+      }
+    }
+    __syncthreads();
+    T* const dcb_tile = shared.stage[0].x;  // (j, i)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<uint32_t*>(
+            dcb_tile + tile_at<kChunk>(first_row + 8 * half + row, 8 * i + pair)) =
+            round_pair<T>(dcb[i][2 * half], dcb[i][2 * half + 1]);
+      }
+    }
+    __syncthreads();
+    return;
+  }
+
+  const bool of_C = warp < 2 * kPairWarps;
+  float acc[kStates / 8][4] = {};
+#pragma unroll 1
+  for (int k = 0; k < heads; ++k) {
+    wait_copies<0>();
+    __syncthreads();
+    load(k + 1);
+    if (k > 0) store_sums(k - 1);
+    const auto& stage = shared.stage[k % 2];
+    auto& sums = shared.sums[k % 2];
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int t = first_row + 8 * half + row;
+      const float decay = stage.decay[t];
+      factor[half] = 0;
+      if (of_C) {
+        if (t < masks.first_reset()) factor[half] = fast_exp2(decay);
+      } else if (t >= masks.last_reset()) {
+        factor[half] = fast_exp2(stage.decay[kChunk - 1] - decay) * stage.step[t];
+      }
+    }
+    uint32_t a[4][4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      load_a<kChunk>(a[c], of_C ? stage.dy : stage.x, first_row, 16 * c);
+    }
+    float dot[2];
+    add_state_term<T, kStates>(a, of_C ? stage.state : stage.dstate, of_C ? shared.C : shared.B,
+                               first_row, factor, acc, dot);
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        (of_C ? sums.entering : sums.earlier)[first_row + 8 * half + row] = dot[half];
+      }
+    }
+    if (of_C) {
+      if (given(p.dD)) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          uint32_t x[4];
+          load_a<kChunk>(x, stage.x, first_row, 16 * c);
+          float products[2][2] = {};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 u = unpack_pair<T>(x[i]);
+            const float2 v = unpack_pair<T>(a[c][i]);
+            products[i / 2][0] = fmaf(u.x, v.x, products[i / 2][0]);
+            products[i / 2][1] = fmaf(u.y, v.y, products[i / 2][1]);
+          }
+          const float sum = sum_over_rows(products);
+          if (row % 2 == 0) sums.dD[warp % 4][16 * c + summed_column()] = sum;
+        }
+      }
+    } else {
+      float dots[4] = {};
+      const int first = (thread - kStateThreads / 2) * kTileVector;
+#pragma unroll
+      for (int i = 0; i < kStateSize; i += kStateThreads / 2 * kTileVector) {
+        Pack<T, kTileVector> s, ds;
+        s.load(stage.state + i + first);
+        ds.load(stage.dstate + i + first);
+#pragma unroll
+        for (int e = 0; e < kTileVector; ++e) dots[e % 4] = fmaf(s[e], ds[e], dots[e % 4]);
+      }
+      const float sum = sum_over_warp((dots[0] + dots[1]) + (dots[2] + dots[3]));
+      if (lane == 0) {
+        const float passing = masks.resets == 0 ? fast_exp2(stage.decay[kChunk - 1]) : 0.0f;
+        sums.passing[warp % 4] = passing * sum;
+      }
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+  store_sums(heads - 1);
+  __syncthreads();
+  const T* const dcb_tile = shared.stage[0].x;  // (j, i)
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    uint32_t a[4];
+    if (of_C) {
+      load_a_transposed<kChunk>(a, dcb_tile, 16 * c, first_row);
+    } else {
+      load_a<kChunk>(a, dcb_tile, first_row, 16 * c);
+    }
+#pragma unroll
+    for (int n = 0; n < kStates / 8; n += 2) {
+      uint32_t b[4];
+      load_b<kChunk>(b, of_C ? shared.B : shared.C, 16 * c, 8 * n);
+      multiply_add<T>(acc[n], a, b[0], b[1]);
+      multiply_add<T>(acc[n + 1], a, b[2], b[3]);
+    }
+  }
+  const View<4>& v = of_C ? p.dC : p.dB;
+  float* const partial = of_C ? plan.dC : plan.dB;
+  if (!given(v)) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int t = first_row + 8 * half + row;
+    if (t >= tokens) continue;
+    const int64_t out = chunk.row * v.stride[0] + (chunk.begin + t) * v.stride[1] +
+                        group * v.stride[2];
+    const int64_t partial_out =
+        (((subset * steps.chunks.slots + slot) * p.ngroups + group) * kChunk + t) * p.dstate;
+#pragma unroll
+    for (int n = 0; n < kStates / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * n + pair + e;
+        if (column >= p.dstate) continue;
+        const float value = acc[n][2 * half + e];
+        if (plan.subsets > 1) {
+          partial[partial_out + column] = value;
+        } else {
+          static_cast<T*>(v.data)[out + column * v.stride[3]] = from_accumulate<T>(value);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mamba_ssm::kernels
