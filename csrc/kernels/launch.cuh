@@ -8,6 +8,7 @@
 #include "device.cuh"
 #include "selective_scan.h"
 #include "selective_state_update.h"
+#include "ssd_chunk_scan.h"
 
 namespace mamba_ssm::kernels {
 
@@ -33,6 +34,12 @@ template <class T>
 size_t workspace_selective_scan_bwd(const SelectiveScanParams& p);
 template <class T>
 CudaStatus launch_selective_scan_bwd(const SelectiveScanParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
+size_t workspace_ssd_chunk_scan_fwd(const SsdChunkScanParams& p);
+template <class T>
+CudaStatus launch_ssd_chunk_scan_fwd(const SsdChunkScanParams& p, void* workspace,
                                      CudaStream stream);
 
 template <class T>

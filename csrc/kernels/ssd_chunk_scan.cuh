@@ -257,7 +257,8 @@ template <class T>
 __device__ __forceinline__ void copy_tile_vector(T* shared, const MatrixView<const T>& m,
                                                  int64_t row, int column, bool there) {
   auto* const pack = reinterpret_cast<Pack<T, kTileVector>*>(shared);
-  if (m.vectors && column + kTileVector <= m.columns) {
+  if (column >= m.columns) there = false;
+  if (m.vectors && (column + kTileVector <= m.columns || !there)) {
     copy_async(pack, m.data + (there ? row * m.row_stride + column : 0), there);
     return;
   }
@@ -367,6 +368,28 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const T* til
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   load_matrices<false>(b,
                        tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2));
+}
+
+/// The inverse of load_a_transposed.
+template <int kRows, class T>
+__device__ __forceinline__ void store_a_transposed(const uint32_t (&a)[4], T* tile, int row,
+                                                   int column) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#if __CUDA_ARCH__ >= 900
+  T* const own = tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(own))),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
+#elif __CUDA_ARCH__ >= 750
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(a[i]));
+    const int at = tile_at<kRows>(row + i / 2 * 8 + lane / 4, column + i % 2 * 8 + lane % 4 * 2);
+    *reinterpret_cast<uint32_t*>(tile + at) = transposed;
+  }
+#endif
 }
 
 /// Two elements in one register, the first in the low half.

@@ -1,0 +1,976 @@
+// SSD chunk scan, forward.
+//
+// Tensor-core path (16-bit T, dstate <= 128). Heads are cut into units of 64 channels; a block
+// walks a segment of a sequence chunk by chunk with one or two units of a group, four warps each.
+// A warp owns 16 channels p of its unit and keeps their states S (p, n) in float32 accumulators.
+// Per chunk, with i and j tokens and the names of the header,
+//
+//   K = C B^T                          (i, j)  all warps of the block share the work, lower
+//   triangle M = K . exp(c_i - c_j) d_j         (i, j)  per unit, rounded, through shared memory
+//   y^T = S C^T . exp(c_i) + x^T M^T   (p, i)  S rounded straight from the accumulators
+//   y^T += D x^T, y^T . silu(z^T)              x^T and z^T are laid out as y^T is
+//   S = exp(c_last) S + x^T B . exp(c_last - c_j) d_j
+//
+// x, z and out of a warp's channels are that warp's own business; C, B and M are the block's.
+// Shared memory:
+//
+//   matrices  3 of (64 tokens, states): C and B of this chunk, C of the next. B of the next chunk
+//             arrives in the buffer of this chunk's C once all warps are done with it.
+//   x         2 of (64 tokens, 64 channels) per unit: this chunk and the next. x is read into
+//             registers at once, and its place taken by z, then by out on its way to memory.
+//   M         (64, 64) per unit
+//   steps     2 StepTables per unit: this chunk and the next
+//
+// Plain path (everything else): sequential in time, in float32 or float64. A thread owns a few
+// channels times 8 states, a warp all states of a block of 64 or 128; more states go through the
+// sequence block by block, adding up y in memory.
+//
+// Both cut sequences into segments where that fills the GPU better: a first launch of the same
+// kernel finds the state at the end of every segment but the last, from zero; pass_states composes
+// them; the main launch starts each segment from the state before it.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "launch.cuh"
+#include "ssd_chunk_scan.cuh"
+
+namespace mamba_ssm::kernels {
+namespace {
+
+/// How a call is cut into blocks, and what they hand to each other.
+struct ForwardPlan {
+  Segments segments;
+  int panels;       // of a head: blocks of kUnitChannels (plain path: of its own size)
+  int unit_blocks;  // per group (plain path: per head)
+  size_t shared;    // bytes of dynamic shared memory of a block
+  bool vector_x, vector_B, vector_C, vector_z, vector_out;
+  float* states;    // (slots, nheads, headdim, dstate) at the end of a segment; float64 with T
+  float* decays;    // (slots, nheads): what is left there of the state before the segment
+  float* partials;  // (batch, seqlen, nheads, headdim): y of a 16-bit T so far; plain path
+};
+
+// ---- States in memory --------------------------------------------------------------------------
+
+/// The state of one head, (channel, state).
+struct StateView {
+  void* data;
+  DType dtype;
+  int64_t offset, channel_stride, state_stride;
+
+  StateView() = default;
+  __device__ StateView(const View<4>& v, int64_t i, int64_t head)
+      : data(v.data),
+        dtype(v.dtype),
+        offset(i * v.stride[0] + head * v.stride[1]),
+        channel_stride(v.stride[2]),
+        state_stride(v.stride[3]) {}
+
+  __device__ int64_t at(int64_t channel, int64_t state) const {
+    return offset + channel * channel_stride + state * state_stride;
+  }
+};
+
+/// The state of a head at the end of the segment of a slot.
+template <class Acc>
+__device__ StateView segment_state(const SsdChunkScanParams& p, const ForwardPlan& plan,
+                                   int64_t slot, int64_t head) {
+  StateView v;
+  v.data = plan.states;
+  v.dtype = sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+  v.offset = (slot * p.nheads + head) * p.headdim * p.dstate;
+  v.channel_stride = p.dstate;
+  v.state_stride = 1;
+  return v;
+}
+
+/// The state before a segment; without data where that is zero.
+template <class Acc>
+__device__ StateView state_before(const SsdChunkScanParams& p, const ForwardPlan& plan,
+                                  const Segment& segment, int64_t slot, int64_t head) {
+  if (!segment.first) return segment_state<Acc>(p, plan, slot - 1, head);
+  StateView v(p.initial_states, segment.sequence, head);
+  if (segment.sequence >= p.num_initial_states) v.data = nullptr;
+  return v;
+}
+
+/// From states at the end of each segment that began with zero to those of the sequence, in place.
+/// One thread per (sequence, head, channel, state).
+template <class Acc>
+__global__ void pass_states(const SsdChunkScanParams p, const ForwardPlan plan) {
+  const int64_t size = p.headdim * p.dstate;
+  const int64_t blocks = ceil_div(size, blockDim.x);
+  const int64_t i = blockIdx.x % blocks * blockDim.x + threadIdx.x;
+  const int64_t head = blockIdx.x / blocks % p.nheads;
+  const int64_t r = blockIdx.x / blocks / p.nheads;
+  if (i >= size) return;
+  const Sequence sequence = sequence_of(p, r);
+  const int64_t first = plan.segments.first_slot(p, r, sequence.begin);
+  const int64_t count = ceil_div(sequence.end - sequence.begin, plan.segments.length) - 1;
+  Acc state = 0;
+  if (given(p.initial_states) && r < p.num_initial_states) {
+    const StateView v(p.initial_states, r, head);
+    state = load_as<Acc>(v.data, v.dtype, v.at(i / p.dstate, i % p.dstate));
+  }
+  Acc* const ends = reinterpret_cast<Acc*>(plan.states) + (first * p.nheads + head) * size + i;
+  const Acc* const decays = reinterpret_cast<const Acc*>(plan.decays) + first * p.nheads + head;
+  constexpr int kAhead = 8;  // segments whose loads are in flight together
+  for (int64_t s = 0; s < count; s += kAhead) {
+    Acc end[kAhead], decay[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t at = min(s + k, count - 1);
+      end[k] = ends[at * p.nheads * size];
+      decay[k] = decays[at * p.nheads];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      // A decay of 0 is a reset: whatever the state was, infinite too, it is gone.
+      state = (decay[k] == Acc(0) ? Acc(0) : decay[k] * state) + end[k];
+      if (s + k < count) ends[(s + k) * p.nheads * size] = state;
+    }
+  }
+}
+
+// ---- Tensor-core path --------------------------------------------------------------------------
+
+constexpr int kUnitChannels = 64;
+constexpr int kUnitWarps = 4;
+constexpr int kWarpChannels = kUnitChannels / kUnitWarps;
+static_assert(kWarpChannels == 16 && kUnitChannels == kPanel);
+
+/// What the warps of a unit need to know of the tokens of a chunk.
+struct alignas(16) StepTable {
+  float2 decay_step[kChunk];  // (c_t, d_t)
+  float entering[kChunk];     // what is left at t of the state before the chunk
+  float leaving[kChunk];      // d_t times what is left of it after the chunk
+  int resets[kChunk];
+  float passing;  // what is left after the chunk of the state before it
+  int last_resets;
+
+  /// By one warp.
+  __device__ __forceinline__ void fill(const ChunkSteps<float>& steps) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = 2 * lane + i;
+      decay_step[t] = make_float2(steps.decay[i], steps.step[i]);
+      entering[t] = steps.entering(i);
+      leaving[t] = steps.step[i] * steps.leaving(i);
+      resets[t] = steps.resets[i];
+    }
+    if (lane == 0) {
+      passing = steps.passing();
+      last_resets = steps.last_resets;
+    }
+  }
+};
+
+/// Shared memory and threads of a block of kUnits units with kStates states.
+template <class T, int kUnits, int kStates>
+struct BlockLayout {
+  static_assert(kUnits == 1 || kUnits == 2);
+  static_assert(kStates == 64 || kStates == 128);
+  static constexpr int kThreads = kUnits * kUnitWarps * kWarpSize;
+  // Blocks of a multiprocessor: as many as 227 KB hold, or as 64 K registers allow.
+  static constexpr int kResident = kUnits == 2 ? 2 : kStates == 128 ? 3 : 4;
+  static constexpr int kMatrix = kChunk * kStates;  // elements of a buffer
+  static constexpr int kTile = kChunk * kUnitChannels;
+
+  T matrices[3][kMatrix];
+  T x[2][kUnits][kTile];
+  T mixed[kUnits][kTile];  // M
+  StepTable steps[2][kUnits];
+};
+
+/// Whether tokens take part: not behind the end, not padding.
+struct TokenFilter {
+  const uint8_t* marks;  // of the row, or null
+  int64_t end;
+  __device__ bool operator()(int64_t t) const {
+    return t < end && (marks == nullptr || marks[t] != kPadding);
+  }
+};
+
+/// Chunk `begin` .. of a matrix into a buffer of (64, kStates), by all threads of the block.
+template <int kStates, int kThreads, class T>
+__device__ __forceinline__ void copy_matrix(T* buffer, const MatrixView<const T>& m, int64_t begin,
+                                            const TokenFilter& filter) {
+  constexpr int kVectors = kStates / kTileVector;
+#pragma unroll
+  for (int i = 0; i < kChunk * kVectors / kThreads; ++i) {
+    const int at = i * kThreads + threadIdx.x;
+    const int row = at / kVectors;
+    const int column = at % kVectors * kTileVector;
+    copy_tile_vector(buffer + tile_at<kChunk>(row, column), m, begin + row, column,
+                     filter(begin + row));
+  }
+}
+
+constexpr int kWarpVectors = kChunk * kWarpChannels / kTileVector;  // of a warp's channels
+
+/// Chunk `begin` .. of a warp's 16 channels into their columns of a tile.
+template <class T>
+__device__ __forceinline__ void copy_channels(T* tile, const MatrixView<const T>& m, int64_t begin,
+                                              int channel, const TokenFilter& filter) {
+#pragma unroll
+  for (int i = 0; i < kWarpVectors / kWarpSize; ++i) {
+    const int at = i * kWarpSize + threadIdx.x % kWarpSize;
+    const int row = at / 2;
+    const int column = channel + at % 2 * kTileVector;
+    copy_tile_vector(tile + tile_at<kChunk>(row, column), m, begin + row, column,
+                     filter(begin + row));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_channels(const T* tile, const MatrixView<T>& m, int64_t begin,
+                                               int64_t end, int channel) {
+#pragma unroll
+  for (int i = 0; i < kWarpVectors / kWarpSize; ++i) {
+    const int at = i * kWarpSize + threadIdx.x % kWarpSize;
+    const int row = at / 2;
+    const int column = channel + at % 2 * kTileVector;
+    if (begin + row < end) {
+      store_tile_vector(tile + tile_at<kChunk>(row, column), m, begin + row, column);
+    }
+  }
+}
+
+/// The accumulators of a warp, (16 channels, 8 * kTiles states): calls f(accumulator, channel,
+/// state) for each that exists.
+template <int kTiles, class F>
+__device__ __forceinline__ void for_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
+                                           int64_t channel, F f) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t c = channel + lane / 4 + i / 2 * 8;
+      const int64_t n = tile * 8 + lane % 4 * 2 + i % 2;
+      if (c < p.headdim && n < p.dstate) f(state[tile][i], c, n);
+    }
+  }
+}
+
+template <class T, int kTiles>
+__device__ __forceinline__ void load_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
+                                            const StateView& v, int64_t channel) {
+  if (v.data == nullptr) return;
+  if (v.dtype == DType::kFloat32) {
+    for_states(state, p, channel, [&](float& s, int64_t c, int64_t n) {
+      s = static_cast<const float*>(v.data)[v.at(c, n)];
+    });
+  } else {
+    for_states(state, p, channel, [&](float& s, int64_t c, int64_t n) {
+      s = to_accumulate(static_cast<const T*>(v.data)[v.at(c, n)]);
+    });
+  }
+}
+
+/// M of every unit from K = C B^T. A warp makes 16 rows; with two units, 32 columns of them.
+template <class T, int kUnits, int kStates>
+__device__ __forceinline__ void mix_tokens(BlockLayout<T, kUnits, kStates>& shared, const T* C,
+                                           const T* B, const StepTable* steps) {
+  constexpr int kBlocks = kChunk / 16 / kUnits;  // of 16 columns
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int row_block = warp % kUnitWarps;
+  const int first_block = warp / kUnitWarps * kBlocks;
+  if (first_block > row_block) return;
+  float product[2 * kBlocks][4] = {};
+#pragma unroll
+  for (int n = 0; n < kStates; n += 16) {
+    uint32_t a[4];
+    load_a<kChunk>(a, C, row_block * 16, n);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      if (first_block + block > row_block) break;
+      uint32_t b[4];
+      load_b_transposed<kChunk>(b, B, (first_block + block) * 16, n);
+      multiply_add<T>(product[2 * block], a, b[0], b[1]);
+      multiply_add<T>(product[2 * block + 1], a, b[2], b[3]);
+    }
+  }
+  const int i = row_block * 16 + lane / 4;
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const StepTable& table = steps[unit];
+    const float decay[2] = {table.decay_step[i].x, table.decay_step[i + 8].x};
+    const int resets[2] = {table.resets[i], table.resets[i + 8]};
+    const bool any_resets = table.last_resets > 0;
+#pragma unroll
+    for (int tile = 0; tile < 2 * kBlocks; ++tile) {
+      if (first_block + tile / 2 > row_block) break;
+      const int j = first_block * 16 + tile * 8 + lane % 4 * 2;
+      const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        bool sees[2] = {j <= i + 8 * k, j + 1 <= i + 8 * k};
+        if (any_resets) {
+          sees[0] &= table.resets[j] == resets[k];
+          sees[1] &= table.resets[j + 1] == resets[k];
+        }
+        constexpr float kNever = -1e30f;  // a power of two that is 0
+        const float m0 = fast_exp2(sees[0] ? decay[k] - pair.x : kNever) * pair.y;
+        const float m1 = fast_exp2(sees[1] ? decay[k] - pair.z : kNever) * pair.w;
+        *reinterpret_cast<uint32_t*>(shared.mixed[unit] + tile_at<kChunk>(i + 8 * k, j)) =
+            round_pair<T>(product[tile][2 * k] * m0, product[tile][2 * k + 1] * m1);
+      }
+    }
+  }
+}
+
+template <class T, int kUnits, int kStates>
+__global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
+                                  BlockLayout<T, kUnits, kStates>::kResident)
+    forward_chunks(const SsdChunkScanParams p, const ForwardPlan plan, bool states_only) {
+  using Layout = BlockLayout<T, kUnits, kStates>;
+  constexpr int kTiles = kStates / 8;
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  Layout& shared = *reinterpret_cast<Layout*>(shared_bytes);
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+
+  const int64_t unit_block = blockIdx.x % plan.unit_blocks;
+  const int64_t group = blockIdx.x / plan.unit_blocks % p.ngroups;
+  const int64_t slot = blockIdx.x / plan.unit_blocks / p.ngroups;
+  const Segment segment = segment_of(p, plan.segments, slot);
+  if (!segment.exists || (states_only && segment.last)) return;
+
+  const int64_t group_heads = p.nheads / p.ngroups;
+  const int64_t units = group_heads * plan.panels;
+  const auto head_of = [&](int64_t unit) {
+    return group * group_heads + min(unit, units - 1) / plan.panels;
+  };
+  const int own = warp / kUnitWarps;               // unit of the block
+  const int64_t unit = unit_block * kUnits + own;  // of the group
+  const bool exists = unit < units;                // the last block may have one only
+  const int64_t head = head_of(unit);
+  const int64_t panel = unit % plan.panels * kUnitChannels;  // first channel of the unit
+  const int channel = warp % kUnitWarps * kWarpChannels;     // of the warp, in its unit
+  const int row = lane / 4;                                  // channel of the lane; another 8 on
+
+  const TokenFilter filter{
+      p.marks == nullptr ? nullptr : p.marks + segment.row * p.seqlen,
+      segment.end,
+  };
+  const MatrixView<const T> B(p.B, plan.vector_B, segment.row, group, 0, p.dstate);
+  const MatrixView<const T> C(p.C, plan.vector_C, segment.row, group, 0, p.dstate);
+  const MatrixView<const T> x(p.x, plan.vector_x, segment.row, head, panel, p.headdim);
+
+  // The warps with the least to do in mix_tokens prepare the steps of the next chunk.
+  const int prepared = warp - (kUnits - 1) * kUnitWarps;  // unit
+  const bool prepares = prepared >= 0 && prepared < kUnits;
+  const int64_t prepared_head = head_of(unit_block * kUnits + max(prepared, 0));
+  const StepRule<float> rule(p, prepared_head);
+  ChunkTokens<float> tokens;
+  const auto load_tokens = [&](int64_t begin) {
+    if (prepares) tokens.load(p, segment.row, prepared_head, begin, segment.end);
+  };
+  const auto prepare_steps = [&](int buffer) {
+    if (prepares) {
+      shared.steps[buffer][prepared].fill(ChunkSteps<float>(rule, tokens, p.dt.dtype));
+    }
+  };
+
+  float D[2] = {};
+  if (given(p.D)) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int64_t c = panel + channel + row + 8 * k;
+      if (c < p.headdim) {
+        D[k] = load_as<float>(p.D.data, p.D.dtype, head * p.D.stride[0] + c * p.D.stride[1]);
+      }
+    }
+  }
+  float state[kTiles][4] = {};
+  if (!states_only) {
+    load_states<T>(state, p, state_before<float>(p, plan, segment, slot, head), panel + channel);
+  }
+  float left = 1;  // of the state before the segment
+
+  T* this_C = shared.matrices[0];
+  T* this_B = shared.matrices[1];
+  T* next_C = shared.matrices[2];
+  int buffer = 0;  // of x and steps
+  load_tokens(segment.begin);
+  if (segment.begin < segment.end) {
+    if (!states_only) copy_matrix<kStates, Layout::kThreads>(this_C, C, segment.begin, filter);
+    copy_matrix<kStates, Layout::kThreads>(this_B, B, segment.begin, filter);
+    copy_channels(shared.x[0][own], x, segment.begin, channel, filter);
+  }
+  commit_copies();
+  prepare_steps(0);
+
+  for (int64_t begin = segment.begin; begin < segment.end; begin += kChunk) {
+    const int64_t next = begin + kChunk;
+    T* const tile = shared.x[buffer][own];
+    const StepTable& table = shared.steps[buffer][own];
+    load_tokens(next);
+    wait_copies<0>();
+    __syncthreads();  // this chunk's C, B and steps are there; nobody is at the last chunk any more
+
+    uint32_t x_operand[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      load_a_transposed<kChunk>(x_operand[k], tile, k * 16, channel);
+    }
+    if (given(p.z) && !states_only) {
+      __syncwarp();
+      const MatrixView<const T> z(p.z, plan.vector_z, segment.row, head, panel, p.headdim);
+      copy_channels(tile, z, begin, channel, filter);
+    }
+    commit_copies();
+    if (next < segment.end) {
+      copy_channels(shared.x[1 - buffer][own], x, next, channel, filter);
+      if (states_only) {
+        copy_matrix<kStates, Layout::kThreads>(next_C, B, next, filter);
+      } else {
+        copy_matrix<kStates, Layout::kThreads>(next_C, C, next, filter);
+      }
+    }
+    commit_copies();
+
+    if (!states_only) mix_tokens(shared, this_C, this_B, shared.steps[buffer]);
+    prepare_steps(1 - buffer);
+    if (!states_only) {
+      __syncthreads();  // M is there
+      wait_copies<1>();
+      __syncwarp();  // z is there
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float y[4][4] = {};
+#pragma unroll
+        for (int n = 0; n < kStates; n += 16) {
+          const float(&s0)[4] = state[n / 8];
+          const float(&s1)[4] = state[n / 8 + 1];
+          const uint32_t a[4] = {round_pair<T>(s0[0], s0[1]), round_pair<T>(s0[2], s0[3]),
+                                 round_pair<T>(s1[0], s1[1]), round_pair<T>(s1[2], s1[3])};
+#pragma unroll
+          for (int block = 0; block < 2; ++block) {
+            uint32_t b[4];
+            load_b_transposed<kChunk>(b, this_C, half * 32 + block * 16, n);
+            multiply_add<T>(y[2 * block], a, b[0], b[1]);
+            multiply_add<T>(y[2 * block + 1], a, b[2], b[3]);
+          }
+        }
+#pragma unroll
+        for (int tile8 = 0; tile8 < 4; ++tile8) {
+          const float2 entering = *reinterpret_cast<const float2*>(
+              &table.entering[half * 32 + tile8 * 8 + lane % 4 * 2]);
+          y[tile8][0] *= entering.x;
+          y[tile8][1] *= entering.y;
+          y[tile8][2] *= entering.x;
+          y[tile8][3] *= entering.y;
+        }
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          const int i = half * 2 + block;  // in blocks of 16 tokens
+#pragma unroll
+          for (int j = 0; j <= i; ++j) {
+            uint32_t b[4];
+            load_b_transposed<kChunk>(b, shared.mixed[own], i * 16, j * 16);
+            multiply_add<T>(y[2 * block], x_operand[j], b[0], b[1]);
+            multiply_add<T>(y[2 * block + 1], x_operand[j], b[2], b[3]);
+          }
+          uint32_t z_operand[4];
+          if (given(p.z)) load_a_transposed<kChunk>(z_operand, tile, i * 16, channel);
+          uint32_t out_operand[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            float(&pair)[4] = y[2 * block + k / 2];
+            const float2 own_x = unpack_pair<T>(x_operand[i][k]);
+            float y0 = fmaf(D[k % 2], own_x.x, pair[k % 2 * 2]);
+            float y1 = fmaf(D[k % 2], own_x.y, pair[k % 2 * 2 + 1]);
+            if (given(p.z)) {
+              const float2 gate = unpack_pair<T>(z_operand[k]);
+              y0 *= silu(gate.x);
+              y1 *= silu(gate.y);
+            }
+            out_operand[k] = round_pair<T>(y0, y1);
+          }
+          __syncwarp();
+          store_a_transposed<kChunk>(out_operand, tile, i * 16, channel);
+        }
+      }
+      __syncthreads();  // nobody needs this chunk's C any more
+      if (next < segment.end) {
+        copy_matrix<kStates, Layout::kThreads>(this_C, B, next, filter);
+      }
+      if (exists) {
+        const MatrixView<T> out(p.out, plan.vector_out, segment.row, head, panel, p.headdim);
+        store_channels(tile, out, begin, segment.end, channel);
+      }
+    }
+    commit_copies();
+
+    const float passing = table.passing;
+    left *= passing;
+    const bool reset = table.last_resets > 0;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) state[i][k] = reset ? 0.0f : state[i][k] * passing;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* const weight = &table.leaving[j * 16 + lane % 4 * 2];
+      const float2 first = *reinterpret_cast<const float2*>(weight);
+      const float2 second = *reinterpret_cast<const float2*>(weight + 8);
+      uint32_t a[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 w = k < 2 ? first : second;
+        const float2 v = unpack_pair<T>(x_operand[j][k]);
+        a[k] = round_pair<T>(v.x * w.x, v.y * w.y);
+      }
+#pragma unroll
+      for (int n = 0; n < kStates; n += 16) {
+        uint32_t b[4];
+        load_b<kChunk>(b, this_B, j * 16, n);
+        multiply_add<T>(state[n / 8], a, b[0], b[1]);
+        multiply_add<T>(state[n / 8 + 1], a, b[2], b[3]);
+      }
+    }
+
+    // Of the three buffers, the one that was C's has B now, and the one that was B's is free.
+    T* const freed = this_B;
+    this_B = states_only ? next_C : this_C;
+    if (states_only) {
+      next_C = freed;
+    } else {
+      this_C = next_C;
+      next_C = freed;
+    }
+    buffer = 1 - buffer;
+  }
+
+  if (!exists) return;
+  if (states_only) {
+    const StateView v = segment_state<float>(p, plan, slot, head);
+    for_states(state, p, panel + channel, [&](float& s, int64_t c, int64_t n) {
+      static_cast<float*>(v.data)[v.at(c, n)] = s;
+    });
+    if (panel == 0 && channel == 0 && lane == 0) plan.decays[slot * p.nheads + head] = left;
+  } else if (segment.last) {
+    const StateView v(p.final_states, segment.sequence, head);
+    for_states(state, p, panel + channel, [&](float& s, int64_t c, int64_t n) {
+      static_cast<float*>(v.data)[v.at(c, n)] = s;
+    });
+  }
+}
+
+// ---- Plain path --------------------------------------------------------------------------------
+
+constexpr int kPlainTokens = 16;  // of a tile
+constexpr int kLaneStates = 8;
+
+/// How a block of kLanes lanes per channel is laid out.
+template <class Acc, int kLanes>
+struct PlainLayout {
+  static constexpr int kLaneChannels = sizeof(Acc) == 8 ? 4 : 8;  // 64 registers of states
+  static constexpr int kStates = kLanes * kLaneStates;            // of a pass over the sequence
+  static constexpr int kWarpChannels = kWarpSize / kLanes * kLaneChannels;
+  static constexpr int kChannels = 8 * kLaneChannels;
+  static constexpr int kThreads = kChannels / kWarpChannels * kWarpSize;
+
+  Acc B[kPlainTokens][kStates];
+  Acc C[kPlainTokens][kStates];
+  Acc x[kPlainTokens][kChannels];
+  Acc y[kPlainTokens][kChannels];
+  Acc step[kPlainTokens], decay[kPlainTokens];  // d_t, exp(d_t A)
+  uint8_t mark[kPlainTokens];
+};
+
+/// kSize elements side by side in shared memory.
+template <class Acc, int kSize>
+__device__ __forceinline__ void read_run(const Acc* shared, Acc (&x)[kSize]) {
+  constexpr int kVector = Vector<Acc>::kSize;
+#pragma unroll
+  for (int i = 0; i < kSize; i += kVector) {
+    const Vector<Acc> v = load_vector(shared + i);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) x[i + k] = v.element[k];
+  }
+}
+
+/// Sums of x[0 .. kSize) over kLanes neighboring lanes: the lane whose number among them is l <
+/// kSize returns that of element `element`, whose bits are those of l in reverse.
+template <int kLanes, class Acc, int kSize>
+__device__ __forceinline__ Acc sum_over_lanes(Acc (&x)[kSize], int& element) {
+  const int lane = threadIdx.x % kLanes;
+  element = 0;
+#pragma unroll
+  for (int half = kSize / 2, distance = 1; half > 0; half /= 2, distance *= 2) {
+    const bool upper = lane & distance;
+    if (upper) element += half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const Acc sent = upper ? x[i] : x[i + half];
+      const Acc kept = upper ? x[i + half] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, sent, distance);
+    }
+  }
+#pragma unroll
+  for (int distance = kSize; distance < kLanes; distance *= 2) {
+    x[0] += __shfl_xor_sync(kAllLanes, x[0], distance);
+  }
+  return x[0];
+}
+
+template <class T, int kLanes>
+__global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
+    forward_plain(const SsdChunkScanParams p, const ForwardPlan plan, bool states_only) {
+  using Acc = Accumulate<T>;
+  using Layout = PlainLayout<Acc, kLanes>;
+  constexpr int kLaneChannels = Layout::kLaneChannels;
+  constexpr int kThreads = Layout::kThreads;
+  constexpr int kRun = 4;  // states side by side; a lane has two runs
+  __shared__ __align__(16) unsigned char shared_bytes[sizeof(Layout)];
+  Layout& shared = *reinterpret_cast<Layout*>(shared_bytes);
+  const int64_t panel = blockIdx.x % plan.panels * Layout::kChannels;
+  const int64_t head = blockIdx.x / plan.panels % p.nheads;
+  const int64_t slot = blockIdx.x / plan.panels / p.nheads;
+  const Segment segment = segment_of(p, plan.segments, slot);
+  if (!segment.exists || (states_only && segment.last)) return;
+
+  const int64_t row = segment.row;
+  const int64_t group = head / (p.nheads / p.ngroups);
+  const int lane = threadIdx.x % kLanes;
+  const int channel = threadIdx.x / kLanes * kLaneChannels;  // first of the thread, in the panel
+  const StepRule<Acc> rule(p, head);
+  const auto element = [row](const View<4>& v, int64_t t, int64_t h, int64_t i) {
+    return static_cast<T*>(v.data) + row * v.stride[0] + t * v.stride[1] + h * v.stride[2] +
+           i * v.stride[3];
+  };
+  Acc left = 1;
+
+  int64_t n0 = 0;
+  do {
+    const bool last_states = n0 + Layout::kStates >= p.dstate;
+    const auto state_of = [&](int s) { return n0 + (s / kRun * kLanes + lane) * kRun + s % kRun; };
+    Acc state[kLaneChannels][kLaneStates] = {};
+    StateView before = state_before<Acc>(p, plan, segment, slot, head);
+    if (states_only) before.data = nullptr;
+    const auto for_own_states = [&](auto f) {
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) {
+#pragma unroll
+        for (int s = 0; s < kLaneStates; ++s) {
+          const int64_t c = panel + channel + i;
+          if (c < p.headdim && state_of(s) < p.dstate) f(state[i][s], c, state_of(s));
+        }
+      }
+    };
+    if (before.data != nullptr) {
+      if (before.dtype == (sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32)) {
+        for_own_states([&](Acc& s, int64_t c, int64_t n) {
+          s = static_cast<const Acc*>(before.data)[before.at(c, n)];
+        });
+      } else {
+        for_own_states([&](Acc& s, int64_t c, int64_t n) {
+          s = load_as<Acc>(before.data, before.dtype, before.at(c, n));
+        });
+      }
+    }
+
+    for (int64_t begin = segment.begin; begin < segment.end; begin += kPlainTokens) {
+      const int tokens = static_cast<int>(min(int64_t{kPlainTokens}, segment.end - begin));
+      __syncthreads();  // the last tile is read
+      if (threadIdx.x < tokens) {
+        const int64_t t = begin + threadIdx.x;
+        const uint8_t mark = p.marks == nullptr ? uint8_t{kContinue} : p.marks[row * p.seqlen + t];
+        Acc step = 0;
+        if (mark != kPadding) {
+          step = rule.step(
+              load_as<Acc>(p.dt.data, p.dt.dtype,
+                           row * p.dt.stride[0] + t * p.dt.stride[1] + head * p.dt.stride[2]));
+        }
+        shared.step[threadIdx.x] = step;
+        shared.decay[threadIdx.x] = fast_exp2(step * rule.rate);
+        shared.mark[threadIdx.x] = mark;
+      }
+      const TokenFilter filter{
+          p.marks == nullptr ? nullptr : p.marks + row * p.seqlen,
+          segment.end,
+      };
+      for (int i = threadIdx.x; i < tokens * Layout::kStates; i += kThreads) {
+        const int t = i / Layout::kStates;
+        const int s = i % Layout::kStates;
+        const bool there = n0 + s < p.dstate && filter(begin + t);
+        shared.B[t][s] = there ? to_accumulate(*element(p.B, begin + t, group, n0 + s)) : Acc(0);
+        if (states_only) continue;
+        shared.C[t][s] = there ? to_accumulate(*element(p.C, begin + t, group, n0 + s)) : Acc(0);
+      }
+      for (int i = threadIdx.x; i < tokens * Layout::kChannels; i += kThreads) {
+        const int t = i / Layout::kChannels;
+        const int c = i % Layout::kChannels;
+        const bool there = panel + c < p.headdim && filter(begin + t);
+        shared.x[t][c] = there ? to_accumulate(*element(p.x, begin + t, head, panel + c)) : Acc(0);
+      }
+      __syncthreads();
+
+      for (int t = 0; t < tokens; ++t) {
+        const bool reset = shared.mark[t] == kReset;
+        const Acc decay = shared.decay[t];
+        if (reset) {
+#pragma unroll
+          for (int i = 0; i < kLaneChannels; ++i) {
+#pragma unroll
+            for (int s = 0; s < kLaneStates; ++s) state[i][s] = 0;
+          }
+        }
+        left = reset ? Acc(0) : left * decay;
+        Acc input[kLaneChannels], y[kLaneChannels] = {};
+        read_run(&shared.x[t][channel], input);
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i) input[i] *= shared.step[t];
+#pragma unroll
+        for (int run = 0; run < kLaneStates / kRun; ++run) {
+          Acc B[kRun], C[kRun] = {};
+          read_run(&shared.B[t][(run * kLanes + lane) * kRun], B);
+          if (!states_only) read_run(&shared.C[t][(run * kLanes + lane) * kRun], C);
+#pragma unroll
+          for (int i = 0; i < kLaneChannels; ++i) {
+#pragma unroll
+            for (int s = 0; s < kRun; ++s) {
+              Acc& h = state[i][run * kRun + s];
+              h = decay * h + input[i] * B[s];
+              y[i] += h * C[s];
+            }
+          }
+        }
+        if (states_only) continue;
+        int i;
+        const Acc sum = sum_over_lanes<kLanes>(y, i);
+        if (lane < kLaneChannels) shared.y[t][channel + i] = sum;
+      }
+      if (states_only) continue;
+      __syncthreads();
+
+      // The same thread every time a y is added to: there is nothing to wait for.
+      for (int i = threadIdx.x; i < tokens * Layout::kChannels; i += kThreads) {
+        const int tile_t = i / Layout::kChannels;
+        const int tile_c = i % Layout::kChannels;
+        const int64_t t = begin + tile_t;
+        const int64_t c = panel + tile_c;
+        if (c >= p.headdim) continue;
+        T* const out = element(p.out, t, head, c);
+        Acc* partial;
+        if constexpr (std::is_same_v<T, Acc>) {
+          partial = out;
+        } else {
+          partial = plan.partials + ((row * p.seqlen + t) * p.nheads + head) * p.headdim + c;
+        }
+        Acc y = shared.y[tile_t][tile_c];
+        if (n0 > 0) y += *partial;
+        if (!last_states) {
+          *partial = y;
+          continue;
+        }
+        if (given(p.D)) {
+          const int64_t offset = head * p.D.stride[0] + c * p.D.stride[1];
+          y += load_as<Acc>(p.D.data, p.D.dtype, offset) * shared.x[tile_t][tile_c];
+        }
+        if (given(p.z)) y *= silu(to_accumulate(*element(p.z, t, head, c)));
+        *out = from_accumulate<T>(shared.mark[tile_t] == kPadding ? Acc(0) : y);
+      }
+    }
+
+    StateView after = segment_state<Acc>(p, plan, slot, head);
+    if (!states_only) after = StateView(p.final_states, segment.sequence, head);
+    if (states_only || segment.last) {
+      for_own_states(
+          [&](Acc& s, int64_t c, int64_t n) { static_cast<Acc*>(after.data)[after.at(c, n)] = s; });
+    }
+    if (states_only && n0 == 0 && panel == 0 && threadIdx.x == 0) {
+      reinterpret_cast<Acc*>(plan.decays)[slot * p.nheads + head] = left;
+    }
+    n0 += Layout::kStates;
+  } while (n0 < p.dstate);
+}
+
+// ---- Host --------------------------------------------------------------------------------------
+
+/// How long a launch takes, for the choice of segments. A multiprocessor runs `resident` blocks at
+/// a time; such a round takes `latency` per chunk however many they are, and `work` per chunk and
+/// block. The kernel that finds the states at the ends of segments adds `first_pass` of that, and
+/// starting it and pass_states as much as `start` chunks do. In units of a lone block's chunk.
+struct ForwardCost {
+  int resident;
+  double latency, work, first_pass, start;
+};
+
+/// Cuts the sequences of a call, whose tokens take `blocks` blocks, into as many segments as the
+/// cost asks for. Sequences in cu_seqlens are cut as one long one would be, since their lengths are
+/// not known here: where they are shorter than a segment, nothing is cut, and there are many.
+Segments choose_segments(const SsdChunkScanParams& p, int64_t blocks, const ForwardCost& cost) {
+  constexpr int64_t kMinChunks = 4;     // of a segment
+  constexpr int64_t kMaxSegments = 64;  // states in the workspace
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(p.seqlen, kChunk));
+  const int64_t multiprocessors = multiprocessor_count();
+  double best = std::numeric_limits<double>::infinity();
+  int64_t best_length = chunks;
+  const int64_t most = std::clamp<int64_t>(chunks / kMinChunks, 1, kMaxSegments);
+  for (int64_t wanted = 1; wanted <= most; ++wanted) {
+    const int64_t length = ceil_div(chunks, wanted);
+    const int64_t segments = ceil_div(chunks, length);
+    const int64_t share = ceil_div(p.batch * segments * blocks, multiprocessors);
+    const double work = cost.work * (1 + cost.first_pass * (segments - 1) / segments);
+    const double latency = cost.latency * (segments > 1 ? 1 + cost.first_pass : 1);
+    const double time = length * (latency * ceil_div(share, cost.resident) + work * share) +
+                        (segments > 1 ? cost.start : 0);
+    if (time < best) {
+      best = time;
+      best_length = length;
+    }
+  }
+  return Segments::of_length(p, best_length * kChunk);
+}
+
+template <class Acc>
+size_t take_states(const SsdChunkScanParams& p, ForwardPlan& plan, void* base, bool partials) {
+  Workspace workspace(base);
+  if (plan.segments.per_sequence > 1) {
+    const int64_t rows = plan.segments.slots * p.nheads;
+    plan.states = reinterpret_cast<float*>(workspace.take<Acc>(rows * p.headdim * p.dstate));
+    plan.decays = reinterpret_cast<float*>(workspace.take<Acc>(rows));
+  }
+  if (partials) {
+    plan.partials = workspace.take<float>(p.batch * p.seqlen * p.nheads * p.headdim);
+  }
+  return workspace.size();
+}
+
+/// Launches `kernel`, and before it what finds the states that segments start from.
+template <class Acc, class Kernel>
+void launch_segments(Kernel kernel, const SsdChunkScanParams& p, const ForwardPlan& plan,
+                     int64_t blocks, int threads, cudaStream_t stream) {
+  if (plan.segments.per_sequence > 1) {
+    constexpr int kThreads = 256;
+    const int64_t pass_blocks =
+        p.num_sequences * p.nheads * ceil_div(p.headdim * p.dstate, kThreads);
+    launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, true);
+    if (pass_blocks > 0) launch_shared(pass_states<Acc>, pass_blocks, kThreads, 0, stream, p, plan);
+  }
+  launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, false);
+}
+
+template <class T, int kUnits, int kStates>
+struct ChunkForward {
+  using Layout = BlockLayout<T, kUnits, kStates>;
+  ForwardPlan plan{};
+  size_t workspace_size;
+
+  static bool fits() {
+    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >=
+           static_cast<int64_t>(sizeof(Layout));
+  }
+
+  ChunkForward(const SsdChunkScanParams& p, void* workspace) {
+    constexpr int64_t kReserved = 1024;  // bytes of shared memory that the system takes per block
+    const int64_t held = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
+                         (static_cast<int64_t>(sizeof(Layout)) + kReserved);
+    plan.panels = static_cast<int>(ceil_div(p.headdim, kUnitChannels));
+    plan.unit_blocks = static_cast<int>(ceil_div(p.nheads / p.ngroups * plan.panels, kUnits));
+    plan.shared = sizeof(Layout);
+    plan.vector_x = has_vector_rows<T>(p.x);
+    plan.vector_B = has_vector_rows<T>(p.B);
+    plan.vector_C = has_vector_rows<T>(p.C);
+    plan.vector_z = given(p.z) && has_vector_rows<T>(p.z);
+    plan.vector_out = has_vector_rows<T>(p.out);
+    const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)), 0.5,
+                           0.5, 0.4, 3};
+    plan.segments = choose_segments(p, p.ngroups * plan.unit_blocks, cost);
+    workspace_size = take_states<float>(p, plan, workspace, false);
+  }
+
+  void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
+    launch_segments<float>(forward_chunks<T, kUnits, kStates>, p, plan,
+                           plan.segments.slots * p.ngroups * plan.unit_blocks, Layout::kThreads,
+                           stream);
+  }
+};
+
+template <class T, int kLanes>
+struct PlainForward {
+  using Acc = Accumulate<T>;
+  using Layout = PlainLayout<Acc, kLanes>;
+  ForwardPlan plan{};
+  size_t workspace_size;
+
+  PlainForward(const SsdChunkScanParams& p, void* workspace) {
+    plan.panels = static_cast<int>(std::max<int64_t>(1, ceil_div(p.headdim, Layout::kChannels)));
+    const ForwardCost cost{512 / Layout::kThreads, 0.5, 0.5, 0.7, 1};
+    plan.segments = choose_segments(p, p.nheads * plan.panels, cost);
+    const bool partials = !std::is_same_v<T, Acc> && p.dstate > Layout::kStates;
+    workspace_size = take_states<Acc>(p, plan, workspace, partials);
+  }
+
+  void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
+    launch_segments<Acc>(forward_plain<T, kLanes>, p, plan,
+                         plan.segments.slots * p.nheads * plan.panels, Layout::kThreads, stream);
+  }
+};
+
+/// True if the tensor-core path takes a call.
+template <class T>
+bool takes_chunk_path(const SsdChunkScanParams& p) {
+  constexpr int64_t kMaxSize = int64_t{1} << 30;
+  return sizeof(T) == 2 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
+         p.dstate > 0 && p.dstate <= 128 && p.headdim <= kMaxSize;
+}
+
+/// Calls f with the plan of the path that takes the call.
+template <class T, class F>
+auto with_forward(const SsdChunkScanParams& p, void* workspace, F f) {
+  if constexpr (sizeof(T) == 2) {
+    if (takes_chunk_path<T>(p)) {
+      const int64_t units = p.nheads / p.ngroups * ceil_div(p.headdim, kUnitChannels);
+      const bool pairs = units % 2 == 0 || units > 8;  // few blocks with an idle half
+      if (p.dstate <= 64) {
+        if (pairs && ChunkForward<T, 2, 64>::fits()) return f(ChunkForward<T, 2, 64>(p, workspace));
+        if (ChunkForward<T, 1, 64>::fits()) return f(ChunkForward<T, 1, 64>(p, workspace));
+      } else {
+        if (pairs && ChunkForward<T, 2, 128>::fits()) {
+          return f(ChunkForward<T, 2, 128>(p, workspace));
+        }
+        if (ChunkForward<T, 1, 128>::fits()) return f(ChunkForward<T, 1, 128>(p, workspace));
+      }
+    }
+  }
+  if (p.dstate <= PlainLayout<Accumulate<T>, 8>::kStates)
+    return f(PlainForward<T, 8>(p, workspace));
+  return f(PlainForward<T, 16>(p, workspace));
+}
+
+bool is_empty(const SsdChunkScanParams& p) {
+  return p.num_sequences == 0 || p.nheads == 0 || p.headdim == 0;
+}
+
+}  // namespace
+
+template <class T>
+size_t workspace_ssd_chunk_scan_fwd(const SsdChunkScanParams& p) {
+  if (is_empty(p)) return 0;
+  return with_forward<T>(p, nullptr, [](const auto& forward) { return forward.workspace_size; });
+}
+
+template <class T>
+CudaStatus launch_ssd_chunk_scan_fwd(const SsdChunkScanParams& p, void* workspace,
+                                     CudaStream stream) {
+  if (is_empty(p)) return cudaSuccess;
+  return with_forward<T>(p, workspace, [&](const auto& forward) -> CudaStatus {
+    forward.launch(p, static_cast<cudaStream_t>(stream));
+    return cudaGetLastError();
+  });
+}
+
+template size_t workspace_ssd_chunk_scan_fwd<MAMBA_SSM_ELEMENT>(const SsdChunkScanParams&);
+template CudaStatus launch_ssd_chunk_scan_fwd<MAMBA_SSM_ELEMENT>(const SsdChunkScanParams&, void*,
+                                                                 CudaStream);
+
+}  // namespace mamba_ssm::kernels
