@@ -81,6 +81,17 @@ CudaStatus ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, void* workspace,
   });
 }
 
+size_t ssd_chunk_scan_bwd_cuda_workspace(const SsdChunkScanParams& p) {
+  return for_element(p.dtype, [&](auto t) { return workspace_ssd_chunk_scan_bwd<decltype(t)>(p); });
+}
+
+CudaStatus ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, void* workspace,
+                                   CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) {
+    return launch_ssd_chunk_scan_bwd<decltype(t)>(p, workspace, stream);
+  });
+}
+
 CudaStatus selective_state_update_cuda(const SelectiveStateUpdateParams& p, CudaStream stream) {
   return for_element(p.dtype,
                      [&](auto t) { return launch_selective_state_update<decltype(t)>(p, stream); });

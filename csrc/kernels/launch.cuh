@@ -43,6 +43,12 @@ CudaStatus launch_ssd_chunk_scan_fwd(const SsdChunkScanParams& p, void* workspac
                                      CudaStream stream);
 
 template <class T>
+size_t workspace_ssd_chunk_scan_bwd(const SsdChunkScanParams& p);
+template <class T>
+CudaStatus launch_ssd_chunk_scan_bwd(const SsdChunkScanParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
 CudaStatus launch_selective_state_update(const SelectiveStateUpdateParams& p, CudaStream stream);
 
 }  // namespace mamba_ssm::kernels

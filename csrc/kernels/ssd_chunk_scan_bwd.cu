@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kStepThreads)
 }
 
 /// Likewise: ddt of a chunk and head, and what they add to dA and ddt_bias.
-template <class T, class N>
+template <class N>
 __global__ void __launch_bounds__(kStepThreads)
     step_gradients(const SsdChunkScanParams p, const StepSpace<N> space) {
   const int lane = threadIdx.x % kWarpSize;
@@ -110,23 +110,23 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t slot = index / p.nheads;
   if (slot >= space.chunks.slots) return;
   const Segment chunk = segment_of(p, space.chunks, slot);
-  if (!chunk.exists) {
+  if (!chunk.exists || chunk.begin >= chunk.end) {  // chunk_gradients passed it by
     if (lane == 0) space.dA[index] = space.ddt_bias[index] = 0;
+    const int64_t width = given(p.dD) ? space.head_blocks * space.width : 0;
+    for (int64_t i = lane; i < width; i += kWarpSize) space.dD[index * width + i] = 0;
     return;
   }
   N later[2] = {}, earlier[2] = {}, input[2] = {}, passing = 0;
-  if (chunk.begin < chunk.end) {
-    for (int64_t block = 0; block < space.head_blocks; ++block) {
-      const int64_t source = index * space.head_blocks + block;
+  for (int64_t block = 0; block < space.head_blocks; ++block) {
+    const int64_t source = index * space.head_blocks + block;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        // Tokens in reverse, so that the sum over later ones is a running sum too.
-        later[i] += space.later[source * kChunk + kChunk - 1 - (2 * lane + i)];
-        earlier[i] += space.earlier[source * kChunk + 2 * lane + i];
-        input[i] += space.input[source * kChunk + 2 * lane + i];
-      }
-      passing += space.passing[source];
+    for (int i = 0; i < 2; ++i) {
+      // Tokens in reverse, so that the sum over later ones is a running sum too.
+      later[i] += space.later[source * kChunk + kChunk - 1 - (2 * lane + i)];
+      earlier[i] += space.earlier[source * kChunk + 2 * lane + i];
+      input[i] += space.input[source * kChunk + 2 * lane + i];
     }
+    passing += space.passing[source];
   }
   sum_up_tokens(later);
   const N later_sums[2] = {__shfl_sync(kAllLanes, later[1], kWarpSize - 1 - lane),
@@ -203,8 +203,7 @@ constexpr int kSumThreads = 256;
 /// one another every so many slots.
 template <class N>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_parameters(const ParameterSums<N> sums, int64_t slots, int64_t heads,
-                   const Segments chunks, const SsdChunkScanParams p) {
+    sum_parameters(const ParameterSums<N> sums, int64_t slots, int64_t heads) {
   __shared__ N parts[kSumThreads];
   const ParameterSum<N>& s = sums.sum[blockIdx.y];
   const int64_t head = blockIdx.x;
@@ -270,6 +269,21 @@ __global__ void __launch_bounds__(kElementThreads)
   }
 }
 
+// ---- D -----------------------------------------------------------------------------------------
+
+/// D[block head, channel] as float32, 0 behind headdim.
+__global__ void __launch_bounds__(kElementThreads)
+    spread_D(const SsdChunkScanParams p, float* D) {
+  const int64_t blocks = ceil_div(p.headdim, kBlockDim);
+  const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
+  if (i >= p.nheads * blocks * kBlockDim) return;
+  const int64_t channel = i % (blocks * kBlockDim);
+  const int64_t head = i / (blocks * kBlockDim);
+  D[i] = channel < p.headdim ? load_as<float>(p.D.data, p.D.dtype,
+                                              head * p.D.stride[0] + channel * p.D.stride[1])
+                             : 0.0f;
+}
+
 // ---- Launchers ---------------------------------------------------------------------------------
 
 template <class N>
@@ -282,12 +296,12 @@ void launch_step_chunks(const SsdChunkScanParams& p, const StepSpace<N>& space,
 }
 
 /// All that follows chunk_gradients, but for dB and dC.
-template <class T, class N>
+template <class N>
 void launch_step_gradients(const SsdChunkScanParams& p, const StepSpace<N>& space,
                            cudaStream_t stream) {
   const int64_t warps = space.chunks.slots * p.nheads;
   if (warps > 0) {
-    step_gradients<T, N>
+    step_gradients<N>
         <<<static_cast<unsigned>(ceil_div(warps, kStepWarps)), kStepThreads, 0, stream>>>(p, space);
   }
   ParameterSums<N> sums;
@@ -297,7 +311,7 @@ void launch_step_gradients(const SsdChunkScanParams& p, const StepSpace<N>& spac
   if (sums.count == 0 || p.nheads == 0) return;
   const dim3 blocks(static_cast<unsigned>(p.nheads), sums.count);
   sum_parameters<N>
-      <<<blocks, kSumThreads, 0, stream>>>(sums, space.chunks.slots, p.nheads, space.chunks, p);
+      <<<blocks, kSumThreads, 0, stream>>>(sums, space.chunks.slots, p.nheads);
 }
 
 template <class Acc>
@@ -346,7 +360,7 @@ struct PlainBackward {
             <<<static_cast<unsigned>(slots * p.ngroups), kPlainThreads, 0, stream>>>(p, plan);
       }
     }
-    launch_step_gradients<T>(p, plan.steps, stream);
+    launch_step_gradients(p, plan.steps, stream);
     launch_sum_matrices(p, plan.steps.chunks, p.dB, plan.dB, 1, stream);
     launch_sum_matrices(p, plan.steps.chunks, p.dC, plan.dC, 1, stream);
   }
@@ -372,11 +386,7 @@ struct MmaBackward {
     const StepSpace<float>& steps = plan.steps;
     const int64_t slots = steps.chunks.slots;
     const int64_t processors = multiprocessor_count();
-    plan.vector_x = has_vector_rows<T>(p.x);
-    plan.vector_dout = has_vector_rows<T>(p.dout);
-    plan.vector_B = has_vector_rows<T>(p.B);
-    plan.vector_C = has_vector_rows<T>(p.C);
-    plan.vector_dx = has_vector_rows<T>(p.dx);
+    plan.vector_dx = has_vector_rows<T>(p.dx) && p.headdim % kTileVector == 0;
 
     // Segments cost a second walk through most of them: only where few blocks would walk far.
     constexpr int64_t kResidentWalks = 3;
@@ -444,7 +454,7 @@ struct MmaBackward {
     } else {
       launch_products<kMaxMmaStates>(p, stream);
     }
-    launch_step_gradients<T>(p, plan.steps, stream);
+    launch_step_gradients(p, plan.steps, stream);
     if (plan.subsets > 1) {
       launch_sum_matrices(p, plan.steps.chunks, p.dB, plan.dB, plan.subsets, stream);
       launch_sum_matrices(p, plan.steps.chunks, p.dC, plan.dC, plan.subsets, stream);

@@ -34,7 +34,7 @@ struct MmaPlan {
   StepSpace<float> steps;
   Segments segments;  // of the walk
   int64_t subsets;    // of the block heads of a group, each with a block of its own per chunk
-  bool vector_x, vector_dout, vector_B, vector_C, vector_dx;
+  bool vector_dx;
   float* D;          // (heads, kBlockDim), 0 behind headdim
   T* states;         // (slots, heads), before each chunk: tiles (kBlockDim, kStates)
   T* dstates;        // likewise, behind each chunk
@@ -42,6 +42,35 @@ struct MmaPlan {
   float* end_decay;  // likewise: what a segment leaves of the state before it
   float* dB;         // (subsets, slots, ngroups, kChunk, dstate), with more than one subset
   float* dC;         // likewise
+};
+
+/// How the threads of a block share the rows of tiles: eight threads per row, and so many rows at a
+/// time.
+template <class T, int kThreads>
+struct TileCopy {
+  static constexpr int kRows = kThreads / (kPanel / kTileVector);
+  const T* source;  // the thread's vector of its first row
+  int64_t pitch;
+  int row, column;
+
+  /// Of tokens from `token` on, of one head or group from column `first` on.
+  __device__ TileCopy(int thread, const View<4>& v, int64_t b, int64_t token, int64_t head,
+                      int64_t first)
+      : pitch(v.stride[1]), row(thread / 8), column(thread % 8 * kTileVector) {
+    source = static_cast<const T*>(v.data) + b * v.stride[0] + (token + row) * v.stride[1] +
+             head * v.stride[2] + first + column;
+  }
+
+  /// Copies a tile; zeros for tokens that are not real, and behind the last of `columns`.
+  __device__ __forceinline__ void copy(T* tile, const T* from, uint64_t real, int columns) const {
+    const uint64_t own = column < columns ? real >> row : 0;
+    T* const target = tile + tile_at<kChunk>(row, column);
+#pragma unroll
+    for (int i = 0; i < kChunk; i += kRows) {
+      copy_async(reinterpret_cast<Pack<T, kTileVector>*>(target + i * kPanel), from + i * pitch,
+                 own >> i & 1);
+    }
+  }
 };
 
 /// Sums x over the rows r of a product's result, a lane holding columns 2c and 2c + 1 of two
@@ -176,54 +205,61 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     }
   }
 
-  const MatrixView<const T> values =
-      backwards ? MatrixView<const T>(p.dout, plan.vector_dout, segment.row, head, channel, p.headdim)
-                : MatrixView<const T>(p.x, plan.vector_x, segment.row, head, channel, p.headdim);
-  const MatrixView<const T> matrix =
-      backwards ? MatrixView<const T>(p.C, plan.vector_C, segment.row, group, 0, p.dstate)
-                : MatrixView<const T>(p.B, plan.vector_B, segment.row, group, 0, p.dstate);
-  const auto chunk_at = [&](int k) { return backwards ? chunks - 1 - k : k; };
-  const auto masks_of = [&](int k) {
-    return k < chunks ? steps.masks[first_slot + chunk_at(k)] : ChunkMasks{};
+  const int channels = static_cast<int>(min(p.headdim - channel, int64_t{kBlockDim}));
+  const int columns = static_cast<int>(p.dstate);
+  const int64_t first_chunk = backwards ? chunks - 1 : 0;
+  const int64_t first_token = segment.begin + first_chunk * kChunk;
+  const int ahead = backwards ? -1 : 1;
+  const TileCopy<T, kWalkThreads> values(threadIdx.x, backwards ? p.dout : p.x, segment.row,
+                                         first_token, head, channel);
+  const TileCopy<T, kWalkThreads> matrix(threadIdx.x, backwards ? p.C : p.B, segment.row,
+                                         first_token, group, 0);
+  const T* next_values = values.source;
+  const T* next_matrix = matrix.source;
+  const float* next_steps = nullptr;
+  if (threadIdx.x < 2 * kChunk / 4) {
+    next_steps = (threadIdx.x < kChunk / 4 ? steps.step : steps.decay) +
+                 ((first_slot + first_chunk) * p.nheads + head) * kChunk +
+                 threadIdx.x % (kChunk / 4) * 4;
+  }
+  const ChunkMasks* next_mask = steps.masks + first_slot + first_chunk;
+  const auto load_masks = [&](int k) {
+    const ChunkMasks masks = k < chunks ? *next_mask : ChunkMasks{};
+    next_mask += ahead;
+    return masks;
   };
   const auto load = [&](int k, const ChunkMasks& masks) {
     if (k < chunks) {
       auto& stage = shared.stage[k % 2];
-      const int64_t begin = segment.begin + int64_t{chunk_at(k)} * kChunk;
-      constexpr int kVectors = kBlockDim / kTileVector;
+      values.copy(stage.values, next_values, masks.real, channels);
 #pragma unroll
-      for (int i = threadIdx.x; i < kChunk * kVectors; i += kWalkThreads) {
-        const int t = i / kVectors;
-        const int column = i % kVectors * kTileVector;
-        const bool there = masks.real >> t & 1;
-        copy_tile_vector(stage.values + tile_at<kChunk>(t, column), values, begin + t, column,
-                         there);
-#pragma unroll
-        for (int n = 0; n < kPanels; ++n) {
-          copy_tile_vector(stage.matrix + tile_at<kChunk>(t, n * kPanel + column), matrix,
-                           begin + t, n * kPanel + column, there);
-        }
+      for (int n = 0; n < kPanels; ++n) {
+        matrix.copy(stage.matrix + n * tile_size(kPanel), next_matrix + n * kPanel, masks.real,
+                    columns - n * kPanel);
       }
       if (threadIdx.x < 2 * kChunk / 4) {
-        const float* const source = threadIdx.x < kChunk / 4 ? steps.step : steps.decay;
-        const int64_t slot = first_slot + chunk_at(k);
-        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + threadIdx.x,
-                   source + (slot * p.nheads + head) * kChunk + threadIdx.x % (kChunk / 4) * 4);
+        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + threadIdx.x, next_steps);
       }
+      next_values += ahead * kChunk * values.pitch;
+      next_matrix += ahead * kChunk * matrix.pitch;
+      next_steps += ahead * p.nheads * kChunk;
     }
     commit_copies();
   };
+  T* target = (backwards ? plan.dstates : plan.states) +
+              ((first_slot + first_chunk) * steps.heads + block_head) * kStateSize +
+              panel * tile_size(kPanel) + first_row * kPanel + lane * kTileVector;
 
   float log_decay = 0;  // of the segment; -infinity across a reset
-  ChunkMasks masks = masks_of(0);
-  ChunkMasks next_masks = masks_of(1);
+  ChunkMasks masks = load_masks(0);
+  ChunkMasks next_masks = load_masks(1);
   load(0, masks);
 #pragma unroll 1
   for (int k = 0; k < chunks; ++k) {
     wait_copies<0>();
     __syncthreads();
     load(k + 1, next_masks);
-    const ChunkMasks coming_masks = masks_of(k + 2);
+    const ChunkMasks coming_masks = load_masks(k + 2);
     const auto& stage = shared.stage[k % 2];
     const float last_decay = stage.decay[kChunk - 1];
     {
@@ -261,15 +297,14 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     }
     __syncwarp();
     if constexpr (!kEnds) {
-      const int64_t slot = first_slot + chunk_at(k);
-      const int own = panel * tile_size(kPanel) + first_row * kPanel;
-      T* const target = (backwards ? plan.dstates : plan.states) +
-                        (slot * steps.heads + block_head) * kStateSize + own;
+      const T* const source = shared.image + panel * tile_size(kPanel) + first_row * kPanel;
 #pragma unroll
       for (int i = 0; i < 4 * kTiles; ++i) {
-        const int at = (i * kWarpSize + lane) * kTileVector;
-        store_vector(target + at, load_vector(shared.image + own + at));
+        constexpr int kWarpVectors = kWarpSize * kTileVector;
+        store_vector(target + i * kWarpVectors,
+                     load_vector(source + i * kWarpVectors + lane * kTileVector));
       }
+      target += ahead * steps.heads * kStateSize;
     }
 
     const float passing = masks.resets == 0 ? fast_exp2(last_decay) : 0.0f;
@@ -369,6 +404,7 @@ struct GradientShared {
   Stage stage[2];
   T B[tile_size(kStates)], C[tile_size(kStates)];  // (token, n)
   T dx[tile_size(kBlockDim)];
+  float4 CB[8][kPairWarps * kWarpSize];  // the products of each thread of the pair warps
   Sums sums[2];
 };
 
@@ -379,9 +415,6 @@ __device__ __forceinline__ void add_state_term(const uint32_t (&a)[4][4], const 
                                                const T* matrix, int first_row,
                                                const float (&factor)[2],
                                                float (&acc)[kStates / 8][4], float (&dot)[2]) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int row = lane / 4;
-  const int pair = lane % 4 * 2;
   dot[0] = dot[1] = 0;
 #pragma unroll
   for (int n = 0; n < kStates / 8; n += 2) {
@@ -393,12 +426,13 @@ __device__ __forceinline__ void add_state_term(const uint32_t (&a)[4][4], const 
       multiply_add<T>(term[0], a[k], b[0], b[1]);
       multiply_add<T>(term[1], a[k], b[2], b[3]);
     }
+    uint32_t own[4];  // M where the terms are
+    load_a<kChunk>(own, matrix, first_row, 8 * n);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 m = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(
-            matrix + tile_at<kChunk>(first_row + 8 * half + row, 8 * (n + i) + pair)));
+        const float2 m = unpack_pair<T>(own[2 * i + half]);
         const float x = term[i][2 * half];
         const float y = term[i][2 * half + 1];
         dot[half] = fmaf(x, m.x, fmaf(y, m.y, dot[half]));
@@ -439,48 +473,56 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   constexpr int kStateSize = kBlockDim * kStates;
 
   // All copies are made by the warps of dC and dB; the others have more to compute.
+  const int head_blocks = static_cast<int>(steps.head_blocks);
+  const int64_t head = first_head / head_blocks;
+  const int block = static_cast<int>(first_head % head_blocks);
+  const TileCopy<T, kStateThreads> x_copy(thread, p.x, chunk.row, chunk.begin, head,
+                                          block * kBlockDim);
+  const TileCopy<T, kStateThreads> dy_copy(thread, p.dout, chunk.row, chunk.begin, head,
+                                           block * kBlockDim);
+  const T* next_x = x_copy.source;
+  const T* next_dy = dy_copy.source;
+  const int64_t first_tile = (slot * steps.heads + first_head) * kStateSize + thread * kTileVector;
+  const T* next_state = plan.states + first_tile;
+  const T* next_dstate = plan.dstates + first_tile;
+  constexpr int kPacks = kChunk / 4;
+  const float* next_step = nullptr;
+  if (thread < 3 * kPacks) {
+    next_step = (thread < 2 * kPacks
+                     ? (thread < kPacks ? steps.step : steps.decay) +
+                           (slot * p.nheads + head) * kChunk
+                     : plan.D + first_head * kBlockDim) +
+                thread % kPacks * 4;
+  }
+  int next_block = block;
   const auto load = [&](int k) {
-    if (thread >= 0 && k < heads) {
+    if (k < heads) {
       auto& stage = shared.stage[k % 2];
-      const int64_t block_head = first_head + k;
-      const int64_t head = block_head / steps.head_blocks;
-      const int64_t channel = block_head % steps.head_blocks * kBlockDim;
-      const MatrixView<const T> x(p.x, plan.vector_x, chunk.row, head, channel, p.headdim);
-      const MatrixView<const T> dy(p.dout, plan.vector_dout, chunk.row, head, channel, p.headdim);
+      const int channels = static_cast<int>(p.headdim) - next_block * kBlockDim;
+      x_copy.copy(stage.x, next_x, masks.real, channels);
+      dy_copy.copy(stage.dy, next_dy, masks.real, channels);
 #pragma unroll
-      for (int i = 0; i < kChunk * kVectors; i += kStateThreads) {
-        const int t = (i + thread) / kVectors;
-        const int column = (i + thread) % kVectors * kTileVector;
-        const bool there = masks.real >> t & 1;
-        const int at = tile_at<kChunk>(t, column);
-        copy_tile_vector(stage.x + at, x, chunk.begin + t, column, there);
-        copy_tile_vector(stage.dy + at, dy, chunk.begin + t, column, there);
+      for (int i = 0; i < kStateSize; i += kStateThreads * kTileVector) {
+        const int at = i + thread * kTileVector;
+        copy_async(reinterpret_cast<Pack<T, kTileVector>*>(stage.state + at), next_state + i);
+        copy_async(reinterpret_cast<Pack<T, kTileVector>*>(stage.dstate + at), next_dstate + i);
       }
-      const int64_t tile = (slot * steps.heads + block_head) * kStateSize;
-#pragma unroll
-      for (int i = 0; i < kStateSize / kTileVector; i += kStateThreads) {
-        const int at = (i + thread) * kTileVector;
-        copy_async(reinterpret_cast<Pack<T, kTileVector>*>(stage.state + at),
-                   plan.states + tile + at);
-        copy_async(reinterpret_cast<Pack<T, kTileVector>*>(stage.dstate + at),
-                   plan.dstates + tile + at);
-      }
-      constexpr int kPacks = kChunk / 4;
-      static_assert(kChunk == kBlockDim);
       if (thread < 3 * kPacks) {
-        const int64_t at = (slot * p.nheads + head) * kChunk;
-        const float* const source = thread < kPacks       ? steps.step + at
-                                    : thread < 2 * kPacks ? steps.decay + at
-                                                          : plan.D + block_head * kBlockDim;
-        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + thread,
-                   source + thread % kPacks * 4);
+        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + thread, next_step);
       }
+      next_state += kStateSize;
+      next_dstate += kStateSize;
+      const bool next_head = ++next_block == head_blocks;
+      if (next_head) next_block = 0;
+      const int64_t back = int64_t{head_blocks - 1} * kBlockDim;
+      next_x += next_head ? p.x.stride[2] - back : kBlockDim;
+      next_dy += next_head ? p.dout.stride[2] - back : kBlockDim;
+      if (next_head || thread >= 2 * kPacks) next_step += kChunk;
     }
     commit_copies();
   };
   // The sums of block head k go to the workspace.
   const auto store_sums = [&](int k) {
-    if (thread < 0) return;
     const auto& sums = shared.sums[k % 2];
     const int64_t out = slot * steps.heads + first_head + k;
     const int i = thread % kChunk;
@@ -510,19 +552,16 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   };
 
   if (thread >= 0) {
-    const MatrixView<const T> B(p.B, plan.vector_B, chunk.row, group, 0, p.dstate);
-    const MatrixView<const T> C(p.C, plan.vector_C, chunk.row, group, 0, p.dstate);
-    constexpr int kStateVectors = kStates / kTileVector;
-    for (int i = thread; i < kChunk * kStateVectors; i += kStateThreads) {
-      const int t = i / kStateVectors;
-      const int column = i % kStateVectors * kTileVector;
-      const bool there = masks.real >> t & 1;
-      const int at = tile_at<kChunk>(t, column);
-      copy_tile_vector(shared.B + at, B, chunk.begin + t, column, there);
-      copy_tile_vector(shared.C + at, C, chunk.begin + t, column, there);
+    const TileCopy<T, kStateThreads> B(thread, p.B, chunk.row, chunk.begin, group, 0);
+    const TileCopy<T, kStateThreads> C(thread, p.C, chunk.row, chunk.begin, group, 0);
+#pragma unroll
+    for (int n = 0; n < kStates; n += kPanel) {
+      const int columns = static_cast<int>(p.dstate) - n;
+      B.copy(shared.B + tile_size(n), B.source + n, masks.real, columns);
+      C.copy(shared.C + tile_size(n), C.source + n, masks.real, columns);
     }
+    load(0);
   }
-  load(0);
 
   if (warp < kPairWarps) {
     for (int i = lane; i < first_row; i += kWarpSize) {  // W is 0 there
@@ -535,13 +574,19 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       sees[half] = masks.next_reset(j) - j;
     }
     T* const dx_tile = shared.dx;
-    float cb[8][4] = {};   // (B C^T)(j, i)
-    float dcb[8][4] = {};  // its gradient
+    const int dx_row = first_row + lane / kVectors;
+    const int dx_column = lane % kVectors * kTileVector;
+    T* dx = static_cast<T*>(p.dx.data) + chunk.row * p.dx.stride[0] +
+            (chunk.begin + dx_row) * p.dx.stride[1] + head * p.dx.stride[2] +
+            (block * kBlockDim + dx_column) * p.dx.stride[3];
+    int dx_block = block;
+    float dcb[8][4] = {};  // of (B C^T)(j, i)
 #pragma unroll 1
     for (int k = 0; k < heads; ++k) {
       wait_copies<0>();
       __syncthreads();
       if (k == 0) {
+        float cb[8][4] = {};
 #pragma unroll
         for (int n = 0; n < kStates / 16; ++n) {
           uint32_t a[4];
@@ -554,6 +599,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
             multiply_add<T>(cb[2 * i], a, b[0], b[1]);
             multiply_add<T>(cb[2 * i + 1], a, b[2], b[3]);
           }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          shared.CB[i][threadIdx.x] = make_float4(cb[i][0], cb[i][1], cb[i][2], cb[i][3]);
         }
       }
       const auto& stage = shared.stage[k % 2];
@@ -586,6 +635,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         for (int n = 0; n < 2; ++n) {
           const int column = 16 * i + 8 * n + pair;
           const float2 at = *reinterpret_cast<const float2*>(&stage.decay[column]);
+          const float4 products = shared.CB[2 * i + n][threadIdx.x];
           float masked[4], w[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
@@ -593,7 +643,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
             const unsigned distance = column + e % 2 - (first_row + 8 * half + row);
             const float left = fast_exp2((e % 2 ? at.y : at.x) - decay[half]);
             const float weight = distance < static_cast<unsigned>(sees[half]) ? left : 0.0f;
-            const float product = cb[2 * i + n][e];
+            const float product = e == 0   ? products.x
+                                  : e == 1 ? products.y
+                                  : e == 2 ? products.z
+                                           : products.w;
             masked[e] = product * weight;
             const float gradient = g[n][e] * (weight * step[half]);
             dcb[2 * i + n][e] += gradient;
@@ -686,6 +739,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         }
       }
       if (given(p.dx)) {
+        const int channels = static_cast<int>(p.headdim) - dx_block * kBlockDim;
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
 #pragma unroll
@@ -696,18 +750,25 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
           }
         }
         __syncwarp();
-        const int64_t block_head = first_head + k;
-        const MatrixView<T> dx(p.dx, plan.vector_dx, chunk.row, block_head / steps.head_blocks,
-                               block_head % steps.head_blocks * kBlockDim, p.headdim);
 #pragma unroll
         for (int i = 0; i < 16 * kVectors; i += kWarpSize) {
-          const int t = first_row + (i + lane) / kVectors;
-          const int column = (i + lane) % kVectors * kTileVector;
-          if (t < tokens) {
-            store_tile_vector(dx_tile + tile_at<kChunk>(t, column), dx, chunk.begin + t, column);
+          const int t = dx_row + i / kVectors;
+          const T* const source = dx_tile + tile_at<kChunk>(t, dx_column);
+          if (t >= tokens) continue;
+          if (plan.vector_dx) {
+            if (dx_column < channels) store_vector(dx + i / kVectors * p.dx.stride[1], load_vector(source));
+          } else {
+#pragma unroll 1
+            for (int e = 0; e < kTileVector && dx_column + e < channels; ++e) {
+              dx[i / kVectors * p.dx.stride[1] + e * p.dx.stride[3]] = source[e];
+            }
           }
         }
         __syncwarp();
+        const bool next_head = ++dx_block == head_blocks;
+        if (next_head) dx_block = 0;
+        dx += next_head ? p.dx.stride[2] - int64_t{head_blocks - 1} * kBlockDim * p.dx.stride[3]
+                        : kBlockDim * p.dx.stride[3];
       }
     }
     __syncthreads();
