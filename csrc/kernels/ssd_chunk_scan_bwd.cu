@@ -30,10 +30,10 @@ namespace {
 
 constexpr int kElementThreads = 256;
 
-/// dy = dout silu(z) and dz = dout y silu'(z); without z, dy = dout. y and dy are dense.
+/// dy = dout silu(z) and dz = dout y silu'(z). y and dy are dense.
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    gate_gradients(const SsdChunkScanParams p, const T* y, T* dy) {
+    gate_gradients(const SsdChunkScanParams p, const T* y, const View<4> dy) {
   using Acc = Accumulate<T>;
   const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
   if (i >= p.batch * p.seqlen * p.nheads * p.headdim) return;
@@ -41,22 +41,39 @@ __global__ void __launch_bounds__(kElementThreads)
   const int64_t head = i / p.headdim % p.nheads;
   const int64_t t = i / p.headdim / p.nheads % p.seqlen;
   const int64_t b = i / p.headdim / p.nheads / p.seqlen;
-  const auto at = [&](const View<4>& v) {
-    return b * v.stride[0] + t * v.stride[1] + head * v.stride[2] + channel * v.stride[3];
+  const auto at = [&](const View<4>& v) -> T& {
+    return static_cast<T*>(v.data)[b * v.stride[0] + t * v.stride[1] + head * v.stride[2] +
+                                   channel * v.stride[3]];
   };
-  const T dout = static_cast<const T*>(p.dout.data)[at(p.dout)];
-  if (!given(p.z)) {
-    dy[i] = dout;
-    return;
-  }
-  const Acc gradient = to_accumulate(dout);
-  const Acc z = to_accumulate(static_cast<const T*>(p.z.data)[at(p.z)]);
-  dy[i] = from_accumulate<T>(gradient * silu(z));
+  const Acc gradient = to_accumulate(at(p.dout));
+  const Acc z = to_accumulate(at(p.z));
+  at(dy) = from_accumulate<T>(gradient * silu(z));
   if (given(p.dz)) {
     const bool padding = p.marks != nullptr && p.marks[b * p.seqlen + t] == kPadding;
-    static_cast<T*>(p.dz.data)[at(p.dz)] =
+    at(p.dz) =
         from_accumulate<T>(padding ? Acc(0) : gradient * to_accumulate(y[i]) * silu_gradient(z));
   }
+}
+
+/// Copies (batch, seqlen, heads, columns) into rows that tiles can be copied from, `target`, and
+/// fills these up with zeros.
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    copy_rows(const View<4> source, const View<4> target, int64_t batch, int64_t seqlen,
+              int64_t heads, int64_t columns) {
+  const int64_t width = target.stride[2];
+  const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
+  if (i >= batch * seqlen * heads * width) return;
+  const int64_t column = i % width;
+  const int64_t head = i / width % heads;
+  const int64_t t = i / width / heads % seqlen;
+  const int64_t b = i / width / heads / seqlen;
+  static_cast<T*>(target.data)[i] =
+      column < columns ? static_cast<const T*>(source.data)[b * source.stride[0] +
+                                                            t * source.stride[1] +
+                                                            head * source.stride[2] +
+                                                            column * source.stride[3]]
+                       : T(0.0f);
 }
 
 // ---- Steps -------------------------------------------------------------------------------------
@@ -286,6 +303,16 @@ __global__ void __launch_bounds__(kElementThreads)
 
 // ---- Launchers ---------------------------------------------------------------------------------
 
+/// Dense (batch, seqlen, heads, columns) in the workspace, columns rounded up to a multiple.
+template <class T>
+View<4> take_dense(Workspace& workspace, const SsdChunkScanParams& p, int64_t heads,
+                   int64_t columns, int64_t multiple) {
+  const int64_t width = ceil_div(columns, multiple) * multiple;
+  View<4> v{nullptr, p.dtype, {p.seqlen * heads * width, heads * width, width, 1}};
+  v.data = workspace.take<T>(p.batch * p.seqlen * heads * width);
+  return v;
+}
+
 template <class N>
 void launch_step_chunks(const SsdChunkScanParams& p, const StepSpace<N>& space,
                         cudaStream_t stream) {
@@ -372,6 +399,7 @@ template <class T>
 struct MmaBackward {
   MmaPlan<T> plan;
   int64_t states;  // dstate, rounded up to what kernels exist for
+  View<4> x, dout, B, C;  // with rows for tiles: the call's own, or copies
 
   static bool takes(const SsdChunkScanParams& p) {
     return p.dstate <= kMaxMmaStates && p.headdim > 0 && p.dstate > 0 &&
@@ -410,6 +438,15 @@ struct MmaBackward {
       }
     }
 
+    const auto with_rows = [&](const View<4>& v, int64_t heads, int64_t columns) {
+      if (has_vector_rows<T>(v) && columns % kTileVector == 0) return v;
+      return take_dense<T>(workspace, p, heads, columns, kTileVector);
+    };
+    x = with_rows(p.x, p.nheads, p.headdim);
+    dout = with_rows(p.dout, p.nheads, p.headdim);
+    B = with_rows(p.B, p.ngroups, p.dstate);
+    C = with_rows(p.C, p.ngroups, p.dstate);
+
     const int64_t tiles = slots * steps.heads * kBlockDim * states;
     plan.D = workspace.take<float>(steps.heads * kBlockDim);
     plan.states = workspace.take<T>(tiles);
@@ -427,11 +464,12 @@ struct MmaBackward {
   void launch_products(const SsdChunkScanParams& p, cudaStream_t stream) const {
     const int64_t walks = 2 * plan.segments.slots * plan.steps.heads;
     const size_t shared = sizeof(WalkShared<T, kStates>);
+    constexpr int kThreads = walk_warps(kStates) * kWarpSize;
     if (walks > 0) {
       if (plan.segments.per_sequence > 1) {
-        launch_shared(walk_states<T, kStates, true>, walks, kWalkThreads, shared, stream, p, plan);
+        launch_shared(walk_states<T, kStates, true>, walks, kThreads, shared, stream, p, plan);
       }
-      launch_shared(walk_states<T, kStates, false>, walks, kWalkThreads, shared, stream, p, plan);
+      launch_shared(walk_states<T, kStates, false>, walks, kThreads, shared, stream, p, plan);
     }
     const int64_t blocks = plan.steps.chunks.slots * p.ngroups * plan.subsets;
     if (blocks > 0) {
@@ -440,7 +478,19 @@ struct MmaBackward {
     }
   }
 
-  void launch(const SsdChunkScanParams& p, cudaStream_t stream) {
+  void launch(const SsdChunkScanParams& call, cudaStream_t stream) const {
+    const auto copy = [&](const View<4>& from, const View<4>& to, int64_t heads, int64_t columns) {
+      const int64_t elements = call.batch * call.seqlen * heads * to.stride[2];
+      if (from.data == to.data || elements == 0) return to;
+      copy_rows<T><<<static_cast<unsigned>(ceil_div(elements, kElementThreads)), kElementThreads, 0,
+                     stream>>>(from, to, call.batch, call.seqlen, heads, columns);
+      return to;
+    };
+    SsdChunkScanParams p = call;
+    p.x = copy(call.x, x, p.nheads, p.headdim);
+    p.dout = copy(call.dout, dout, p.nheads, p.headdim);
+    p.B = copy(call.B, B, p.ngroups, p.dstate);
+    p.C = copy(call.C, C, p.ngroups, p.dstate);
     launch_step_chunks(p, plan.steps, stream);
     if (given(p.D)) {
       const int64_t elements = plan.steps.heads * kBlockDim;
@@ -475,46 +525,39 @@ void with_backward(const SsdChunkScanParams& p, Workspace& workspace, F f) {
   f(PlainBackward<T>(p, workspace));
 }
 
-/// What comes before: dy in place of dout where there is z, or where dout does not come in vectors.
+/// With z: y, and dy in place of dout.
 template <class T>
 struct GatedBackward {
   SsdChunkScanParams forward;   // computes y
   SsdChunkScanParams backward;  // without z
-  bool copies;
-  T* y = nullptr;
-  T* dy = nullptr;
+  bool needs_y = false;
   void* forward_workspace = nullptr;
 
   GatedBackward(const SsdChunkScanParams& p, Workspace& workspace) : forward(p), backward(p) {
-    copies = given(p.z) || (sizeof(T) == 2 && !has_vector_rows<T>(p.dout));
-    if (!copies) return;
-    const int64_t elements = p.batch * p.seqlen * p.nheads * p.headdim;
-    const View<4> dense{nullptr,
-                        p.dtype,
-                        {p.seqlen * p.nheads * p.headdim, p.nheads * p.headdim, p.headdim, 1}};
-    dy = workspace.take<T>(elements);
-    backward.dout = dense;
-    backward.dout.data = dy;
+    if (!given(p.z)) return;
+    backward.dout = take_dense<T>(workspace, p, p.nheads, p.headdim, 1);
     backward.z = backward.dz = View<4>{};
-    if (!needs_y()) return;
-    y = workspace.take<T>(elements);
-    forward.out = dense;
-    forward.out.data = y;
-    forward.z = forward.final_states = View<4>{};
+    needs_y = given(p.dz);
+    if (!needs_y) return;
+    forward.z = View<4>{};
+    forward.out = take_dense<T>(workspace, p, p.nheads, p.headdim, 1);
+    const int64_t size = p.headdim * p.dstate;
+    forward.final_states = {workspace.take<Accumulate<T>>(p.num_sequences * p.nheads * size),
+                            sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32,
+                            {p.nheads * size, size, p.dstate, 1}};
     forward_workspace = workspace.take<char>(workspace_ssd_chunk_scan_fwd<T>(forward));
   }
 
-  bool needs_y() const { return given(forward.dz); }
-
   CudaStatus launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
     const int64_t elements = p.batch * p.seqlen * p.nheads * p.headdim;
-    if (!copies || elements == 0) return cudaSuccess;
-    if (needs_y()) {
+    if (!given(p.z) || elements == 0) return cudaSuccess;
+    if (needs_y) {
       const CudaStatus status = launch_ssd_chunk_scan_fwd<T>(forward, forward_workspace, stream);
       if (status != cudaSuccess) return status;
     }
-    gate_gradients<T><<<static_cast<unsigned>(ceil_div(elements, kElementThreads)),
-                        kElementThreads, 0, stream>>>(p, y, dy);
+    gate_gradients<T>
+        <<<static_cast<unsigned>(ceil_div(elements, kElementThreads)), kElementThreads, 0,
+           stream>>>(p, static_cast<const T*>(forward.out.data), backward.dout);
     return cudaGetLastError();
   }
 };

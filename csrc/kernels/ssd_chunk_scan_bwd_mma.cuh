@@ -73,6 +73,16 @@ struct TileCopy {
   }
 };
 
+/// The results of two neighboring products, rounded, as operand A of another.
+struct RoundedTile {
+  uint32_t a[4];
+};
+template <class T>
+__device__ __forceinline__ RoundedTile round_tile(const float (&left)[4], const float (&right)[4]) {
+  return {{round_pair<T>(left[0], left[1]), round_pair<T>(left[2], left[3]),
+           round_pair<T>(right[0], right[1]), round_pair<T>(right[2], right[3])}};
+}
+
 /// Sums x over the rows r of a product's result, a lane holding columns 2c and 2c + 1 of two
 /// neighboring ones. Lanes with r even end up with the sum of column summed_column().
 __device__ __forceinline__ float sum_over_rows(const float (&x)[2][2]) {
@@ -97,6 +107,14 @@ __device__ __forceinline__ float sum_over_columns(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+/// The diagonal of a product of 16 rows and 16 columns: lanes for which has_diagonal() get element
+/// lane / 4 in x, element lane / 4 + 8 in y.
+__device__ __forceinline__ bool has_diagonal() { return lane_id() / 8 == lane_id() % 4; }
+__device__ __forceinline__ float2 diagonal(const float (&left)[4], const float (&right)[4]) {
+  const bool odd = lane_id() & 4;
+  return make_float2(odd ? left[1] : left[0], odd ? right[3] : right[2]);
+}
+
 __device__ __forceinline__ float sum_over_warp(float x) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -107,8 +125,10 @@ __device__ __forceinline__ float sum_over_warp(float x) {
 
 // ---- States ------------------------------------------------------------------------------------
 
-constexpr int kWalkWarps = 4;
-constexpr int kWalkThreads = kWalkWarps * kWarpSize;
+/// A warp has 16 rows of one panel of the state.
+__host__ __device__ constexpr int walk_warps(int states) {
+  return kBlockDim / 16 * (states / kPanel);
+}
 
 template <class T, int kStates>
 struct WalkShared {
@@ -116,26 +136,27 @@ struct WalkShared {
     T values[tile_size(kBlockDim)];  // x or dy: (token, p)
     T matrix[tile_size(kStates)];    // B or C: (token, n)
     float step[kChunk], decay[kChunk];
+    ChunkMasks masks, next_masks;  // of this chunk and the one walked through next
   };
   Stage stage[2];
   T image[kBlockDim * kStates];  // the state, rounded
-  float factor[kWalkWarps][kChunk];
+  float factor[walk_warps(kStates)][kChunk];
 };
 
 /// A block walks through one segment of one block head in one direction. With kEnds it leaves only
 /// what a segment does to a state of 0, for the segments behind it.
 template <class T, int kStates, bool kEnds>
-__global__ void __launch_bounds__(kWalkThreads, 3)
+__global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPanel ? 3 : 5)
     walk_states(const SsdChunkScanParams p, const MmaPlan<T> plan) {
   extern __shared__ float4 shared_base[];
   auto& shared = *reinterpret_cast<WalkShared<T, kStates>*>(shared_base);
   constexpr int kPanels = kStates / kPanel;
-  constexpr int kTiles = kPanels;  // of 16 rows per warp; it has one panel of columns
+  constexpr int kWalkThreads = walk_warps(kStates) * kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / 4;
   const int pair = lane % 4 * 2;
-  const int first_row = warp / kPanels * (16 * kTiles);
+  const int first_row = warp / kPanels * 16;
   const int panel = warp % kPanels;
 
   const StepSpace<float>& steps = plan.steps;
@@ -150,17 +171,14 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
   const int64_t first_slot = steps.slot_of(p, segment.sequence, segment.begin);
   const int chunks = static_cast<int>(ceil_div(segment.end - segment.begin, kChunk));
 
-  float state[kTiles][8][4];
+  float state[8][4];
   const auto for_state = [&](auto f) {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    for (int n = 0; n < 8; ++n) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          f(state[m][n][e], channel + first_row + 16 * m + e / 2 * 8 + row,
-            panel * kPanel + 8 * n + pair + e % 2);
-        }
+      for (int e = 0; e < 4; ++e) {
+        f(state[n][e], channel + first_row + e / 2 * 8 + row,
+          panel * kPanel + 8 * n + pair + e % 2);
       }
     }
   };
@@ -192,15 +210,12 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
       const float4* const source =
           reinterpret_cast<const float4*>(plan.ends + end * kStateSize) + threadIdx.x;
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const float4 x = source[(m * 8 + n) * kWalkThreads];
-          state[m][n][0] = fmaf(decay, state[m][n][0], x.x);
-          state[m][n][1] = fmaf(decay, state[m][n][1], x.y);
-          state[m][n][2] = fmaf(decay, state[m][n][2], x.z);
-          state[m][n][3] = fmaf(decay, state[m][n][3], x.w);
-        }
+      for (int n = 0; n < 8; ++n) {
+        const float4 x = source[n * kWalkThreads];
+        state[n][0] = fmaf(decay, state[n][0], x.x);
+        state[n][1] = fmaf(decay, state[n][1], x.y);
+        state[n][2] = fmaf(decay, state[n][2], x.z);
+        state[n][3] = fmaf(decay, state[n][3], x.w);
       }
     }
   }
@@ -216,30 +231,27 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
                                          first_token, group, 0);
   const T* next_values = values.source;
   const T* next_matrix = matrix.source;
-  const float* next_steps = nullptr;
-  if (threadIdx.x < 2 * kChunk / 4) {
-    next_steps = (threadIdx.x < kChunk / 4 ? steps.step : steps.decay) +
-                 ((first_slot + first_chunk) * p.nheads + head) * kChunk +
-                 threadIdx.x % (kChunk / 4) * 4;
-  }
-  const ChunkMasks* next_mask = steps.masks + first_slot + first_chunk;
-  const auto load_masks = [&](int k) {
-    const ChunkMasks masks = k < chunks ? *next_mask : ChunkMasks{};
-    next_mask += ahead;
-    return masks;
-  };
-  const auto load = [&](int k, const ChunkMasks& masks) {
+  const float* next_steps = (threadIdx.x < kChunk / 4 ? steps.step : steps.decay) +
+                            ((first_slot + first_chunk) * p.nheads + head) * kChunk +
+                            threadIdx.x % (kChunk / 4) * 4;
+  const ChunkMasks* next_masks = steps.masks + first_slot + first_chunk;
+  const auto load = [&](int k, uint64_t real) {
     if (k < chunks) {
       auto& stage = shared.stage[k % 2];
-      values.copy(stage.values, next_values, masks.real, channels);
+      values.copy(stage.values, next_values, real, channels);
 #pragma unroll
       for (int n = 0; n < kPanels; ++n) {
-        matrix.copy(stage.matrix + n * tile_size(kPanel), next_matrix + n * kPanel, masks.real,
+        matrix.copy(stage.matrix + n * tile_size(kPanel), next_matrix + n * kPanel, real,
                     columns - n * kPanel);
       }
       if (threadIdx.x < 2 * kChunk / 4) {
         copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + threadIdx.x, next_steps);
+      } else if (threadIdx.x < 2 * kChunk / 4 + 2) {
+        const int i = threadIdx.x - 2 * kChunk / 4;
+        copy_async(reinterpret_cast<Pack<uint32_t, 4>*>(&stage.masks) + i,
+                   reinterpret_cast<const uint32_t*>(next_masks + i * ahead), k + i < chunks);
       }
+      next_masks += ahead;
       next_values += ahead * kChunk * values.pitch;
       next_matrix += ahead * kChunk * matrix.pitch;
       next_steps += ahead * p.nheads * kChunk;
@@ -251,20 +263,18 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
               panel * tile_size(kPanel) + first_row * kPanel + lane * kTileVector;
 
   float log_decay = 0;  // of the segment; -infinity across a reset
-  ChunkMasks masks = load_masks(0);
-  ChunkMasks next_masks = load_masks(1);
-  load(0, masks);
+  load(0, chunks > 0 ? next_masks->real : 0);
 #pragma unroll 1
   for (int k = 0; k < chunks; ++k) {
     wait_copies<0>();
     __syncthreads();
-    load(k + 1, next_masks);
-    const ChunkMasks coming_masks = load_masks(k + 2);
     const auto& stage = shared.stage[k % 2];
+    load(k + 1, stage.next_masks.real);
+    const uint64_t resets = stage.masks.resets;
     const float last_decay = stage.decay[kChunk - 1];
     {
-      const int first_reset = masks.first_reset();
-      const int last_reset = masks.last_reset();
+      const int first_reset = stage.masks.first_reset();
+      const int last_reset = stage.masks.last_reset();
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int t = lane + i * kWarpSize;
@@ -279,27 +289,20 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
       }
     }
     if constexpr (kEnds) {
-      log_decay += masks.resets == 0 ? last_decay : -INFINITY;
+      log_decay += resets == 0 ? last_decay : -INFINITY;
     } else {
-      T* const image = shared.image + panel * tile_size(kPanel) + first_row * kPanel;
+      const int own = recomputed(lane);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            *reinterpret_cast<uint32_t*>(
-                image + tile_at<kBlockDim>(16 * m + 8 * half + row, 8 * n + pair)) =
-                round_pair<T>(state[m][n][2 * half], state[m][n][2 * half + 1]);
-          }
-        }
+      for (int n = 0; n < 8; n += 2) {
+        store_a<kBlockDim>(round_tile<T>(state[n], state[n + 1]).a, shared.image, first_row,
+                           panel * kPanel + 8 * n, own);
       }
     }
     __syncwarp();
     if constexpr (!kEnds) {
       const T* const source = shared.image + panel * tile_size(kPanel) + first_row * kPanel;
 #pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
+      for (int i = 0; i < 4; ++i) {
         constexpr int kWarpVectors = kWarpSize * kTileVector;
         store_vector(target + i * kWarpVectors,
                      load_vector(source + i * kWarpVectors + lane * kTileVector));
@@ -307,43 +310,33 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
       target += ahead * steps.heads * kStateSize;
     }
 
-    const float passing = masks.resets == 0 ? fast_exp2(last_decay) : 0.0f;
+    const float passing = resets == 0 ? fast_exp2(last_decay) : 0.0f;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    for (int n = 0; n < 8; ++n) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) state[m][n][e] *= passing;
-      }
+      for (int e = 0; e < 4; ++e) state[n][e] *= passing;
     }
 #pragma unroll
     for (int t = 0; t < kChunk; t += 16) {
+      const int own = recomputed(lane);
       const float2 low = *reinterpret_cast<const float2*>(&shared.factor[warp][t + pair]);
       const float2 high = *reinterpret_cast<const float2*>(&shared.factor[warp][t + 8 + pair]);
-      uint32_t a[kTiles][4];
+      uint32_t a[4];
+      load_a_transposed<kChunk>(a, stage.values, t, first_row, own);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        load_a_transposed<kChunk>(a[m], stage.values, t, first_row + 16 * m);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 x = unpack_pair<T>(a[m][i]);
-          const float2 f = i < 2 ? low : high;
-          a[m][i] = round_pair<T>(x.x * f.x, x.y * f.y);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack_pair<T>(a[i]);
+        const float2 f = i < 2 ? low : high;
+        a[i] = round_pair<T>(x.x * f.x, x.y * f.y);
       }
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         uint32_t b[4];
-        load_b<kChunk>(b, stage.matrix, t, panel * kPanel + 8 * n);
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          multiply_add<T>(state[m][n], a[m], b[0], b[1]);
-          multiply_add<T>(state[m][n + 1], a[m], b[2], b[3]);
-        }
+        load_b<kChunk>(b, stage.matrix, t, panel * kPanel + 8 * n, own);
+        multiply_add<T>(state[n], a, b[0], b[1]);
+        multiply_add<T>(state[n + 1], a, b[2], b[3]);
       }
     }
-    masks = next_masks;
-    next_masks = coming_masks;
   }
   wait_copies<0>();
 
@@ -351,12 +344,9 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     const int64_t end = end_of(segment_slot);
     float4* const target = reinterpret_cast<float4*>(plan.ends + end * kStateSize) + threadIdx.x;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float(&s)[4] = state[m][n];
-        target[(m * 8 + n) * kWalkThreads] = make_float4(s[0], s[1], s[2], s[3]);
-      }
+    for (int n = 0; n < 8; ++n) {
+      const float(&s)[4] = state[n];
+      target[n * kWalkThreads] = make_float4(s[0], s[1], s[2], s[3]);
     }
     if (threadIdx.x == 0) plan.end_decay[end] = fast_exp2(log_decay);
   } else if (backwards && segment.first && given(p.dinitial_states) &&
@@ -398,7 +388,7 @@ struct GradientShared {
     float entering[kChunk];
     float earlier[kChunk];
     float input[kChunk];
-    float dD[kPairWarps][kBlockDim];
+    float dD[kBlockDim];
     float passing[kPairWarps];
   };
   Stage stage[2];
@@ -418,16 +408,17 @@ __device__ __forceinline__ void add_state_term(const uint32_t (&a)[4][4], const 
   dot[0] = dot[1] = 0;
 #pragma unroll
   for (int n = 0; n < kStates / 8; n += 2) {
+    const int lane = recomputed(lane_id());
     float term[2][4] = {};
 #pragma unroll
     for (int k = 0; k < kBlockDim / 16; ++k) {
       uint32_t b[4];
-      load_b<kBlockDim>(b, state, 16 * k, 8 * n);
+      load_b<kBlockDim>(b, state, 16 * k, 8 * n, lane);
       multiply_add<T>(term[0], a[k], b[0], b[1]);
       multiply_add<T>(term[1], a[k], b[2], b[3]);
     }
     uint32_t own[4];  // M where the terms are
-    load_a<kChunk>(own, matrix, first_row, 8 * n);
+    load_a<kChunk>(own, matrix, first_row, 8 * n, lane);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -498,7 +489,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const auto load = [&](int k) {
     if (k < heads) {
       auto& stage = shared.stage[k % 2];
-      const int channels = static_cast<int>(p.headdim) - next_block * kBlockDim;
+      const int channels = static_cast<int>(p.headdim) - next_block * kBlockDim;  // of the block
       x_copy.copy(stage.x, next_x, masks.real, channels);
       dy_copy.copy(stage.dy, next_dy, masks.real, channels);
 #pragma unroll
@@ -545,8 +536,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         break;
       default:
         if (given(p.dD)) {
-          steps.dD[out * kBlockDim + i] =
-              (sums.dD[0][i] + sums.dD[1][i]) + (sums.dD[2][i] + sums.dD[3][i]);
+          steps.dD[out * kBlockDim + i] = sums.dD[i];
         }
     }
   };
@@ -622,11 +612,12 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i < warp) continue;
+        const int own = recomputed(lane);
         float g[2][4] = {};  // G^T (j, i)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           uint32_t b[4];
-          load_b_transposed<kChunk>(b, stage.dy, 16 * i, 16 * c);
+          load_b_transposed<kChunk>(b, stage.dy, 16 * i, 16 * c, own);
           multiply_add<T>(g[0], x[c], b[0], b[1]);
           multiply_add<T>(g[1], x[c], b[2], b[3]);
         }
@@ -665,12 +656,13 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       float acc[8][4] = {};  // dx without d and D
 #pragma unroll
       for (int n = 0; n < kStates / 16; ++n) {
+        const int own = recomputed(lane);
         uint32_t a[4];
-        load_a<kChunk>(a, shared.B, first_row, 16 * n);
+        load_a<kChunk>(a, shared.B, first_row, 16 * n, own);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           uint32_t b[4];
-          load_b_transposed<kBlockDim>(b, stage.dstate, 16 * c, 16 * n);
+          load_b_transposed<kBlockDim>(b, stage.dstate, 16 * c, 16 * n, own);
           multiply_add<T>(acc[2 * c], a, b[0], b[1]);
           multiply_add<T>(acc[2 * c + 1], a, b[2], b[3]);
         }
@@ -690,10 +682,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i < warp) continue;
+        const int own = recomputed(lane);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           uint32_t b[4];
-          load_b<kChunk>(b, stage.dy, 16 * i, 16 * c);
+          load_b<kChunk>(b, stage.dy, 16 * i, 16 * c, own);
           multiply_add<T>(acc[2 * c], m[i], b[0], b[1]);
           multiply_add<T>(acc[2 * c + 1], m[i], b[2], b[3]);
         }
@@ -740,14 +733,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       }
       if (given(p.dx)) {
         const int channels = static_cast<int>(p.headdim) - dx_block * kBlockDim;
+        const int own = recomputed(lane);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            *reinterpret_cast<uint32_t*>(
-                dx_tile + tile_at<kChunk>(first_row + 8 * half + row, 8 * c + pair)) =
-                round_pair<T>(acc[c][2 * half], acc[c][2 * half + 1]);
-          }
+        for (int c = 0; c < 8; c += 2) {
+          store_a<kChunk>(round_tile<T>(acc[c], acc[c + 1]).a, dx_tile, first_row, 8 * c, own);
         }
         __syncwarp();
 #pragma unroll
@@ -774,13 +763,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     __syncthreads();
     T* const dcb_tile = shared.stage[0].x;  // (j, i)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<uint32_t*>(
-            dcb_tile + tile_at<kChunk>(first_row + 8 * half + row, 8 * i + pair)) =
-            round_pair<T>(dcb[i][2 * half], dcb[i][2 * half + 1]);
-      }
+    for (int i = 0; i < 8; i += 2) {
+      store_a<kChunk>(round_tile<T>(dcb[i], dcb[i + 1]).a, dcb_tile, first_row, 8 * i);
     }
     __syncthreads();
     return;
@@ -822,36 +806,35 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         (of_C ? sums.entering : sums.earlier)[first_row + 8 * half + row] = dot[half];
       }
     }
+    // The other sums are diagonals of products: dD = diag(x^T dy), <S, dS> = trace(S dS^T).
+    float left[4] = {}, right[4] = {};
     if (of_C) {
       if (given(p.dD)) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          uint32_t x[4];
-          load_a<kChunk>(x, stage.x, first_row, 16 * c);
-          float products[2][2] = {};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float2 u = unpack_pair<T>(x[i]);
-            const float2 v = unpack_pair<T>(a[c][i]);
-            products[i / 2][0] = fmaf(u.x, v.x, products[i / 2][0]);
-            products[i / 2][1] = fmaf(u.y, v.y, products[i / 2][1]);
-          }
-          const float sum = sum_over_rows(products);
-          if (row % 2 == 0) sums.dD[warp % 4][16 * c + summed_column()] = sum;
+        for (int t = 0; t < kChunk; t += 16) {
+          uint32_t x[4], dy[4];
+          load_a_transposed<kChunk>(x, stage.x, t, first_row);
+          load_b<kChunk>(dy, stage.dy, t, first_row);
+          multiply_add<T>(left, x, dy[0], dy[1]);
+          multiply_add<T>(right, x, dy[2], dy[3]);
+        }
+        const float2 dD = diagonal(left, right);
+        if (has_diagonal()) {
+          sums.dD[first_row + row] = dD.x;
+          sums.dD[first_row + 8 + row] = dD.y;
         }
       }
     } else {
-      float dots[4] = {};
-      const int first = (thread - kStateThreads / 2) * kTileVector;
 #pragma unroll
-      for (int i = 0; i < kStateSize; i += kStateThreads / 2 * kTileVector) {
-        Pack<T, kTileVector> s, ds;
-        s.load(stage.state + i + first);
-        ds.load(stage.dstate + i + first);
-#pragma unroll
-        for (int e = 0; e < kTileVector; ++e) dots[e % 4] = fmaf(s[e], ds[e], dots[e % 4]);
+      for (int n = 0; n < kStates; n += 16) {
+        uint32_t s[4], ds[4];
+        load_a<kBlockDim>(s, stage.state, first_row, n);
+        load_b_transposed<kBlockDim>(ds, stage.dstate, first_row, n);
+        multiply_add<T>(left, s, ds[0], ds[1]);
+        multiply_add<T>(right, s, ds[2], ds[3]);
       }
-      const float sum = sum_over_warp((dots[0] + dots[1]) + (dots[2] + dots[3]));
+      const float2 dots = diagonal(left, right);
+      const float sum = sum_over_warp(has_diagonal() ? dots.x + dots.y : 0.0f);
       if (lane == 0) {
         const float passing = masks.resets == 0 ? fast_exp2(stage.decay[kChunk - 1]) : 0.0f;
         sums.passing[warp % 4] = passing * sum;
