@@ -464,12 +464,11 @@ struct MmaBackward {
   void launch_products(const SsdChunkScanParams& p, cudaStream_t stream) const {
     const int64_t walks = 2 * plan.segments.slots * plan.steps.heads;
     const size_t shared = sizeof(WalkShared<T, kStates>);
-    constexpr int kThreads = walk_warps(kStates) * kWarpSize;
     if (walks > 0) {
       if (plan.segments.per_sequence > 1) {
-        launch_shared(walk_states<T, kStates, true>, walks, kThreads, shared, stream, p, plan);
+        launch_shared(walk_states<T, kStates, true>, walks, kWalkThreads, shared, stream, p, plan);
       }
-      launch_shared(walk_states<T, kStates, false>, walks, kThreads, shared, stream, p, plan);
+      launch_shared(walk_states<T, kStates, false>, walks, kWalkThreads, shared, stream, p, plan);
     }
     const int64_t blocks = plan.steps.chunks.slots * p.ngroups * plan.subsets;
     if (blocks > 0) {

@@ -61,14 +61,24 @@ struct TileCopy {
              head * v.stride[2] + first + column;
   }
 
-  /// Copies a tile; zeros for tokens that are not real, and behind the last of `columns`.
-  __device__ __forceinline__ void copy(T* tile, const T* from, uint64_t real, int columns) const {
-    const uint64_t own = column < columns ? real >> row : 0;
+  /// Which of the thread's rows are there, a bit each.
+  __device__ __forceinline__ int rows_of(uint64_t real) const {
+    int rows = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk / kRows; ++i) {
+      rows |= static_cast<int>(real >> (row + i * kRows) & 1) << i;
+    }
+    return rows;
+  }
+
+  /// Copies a tile; zeros for rows that are not there, and behind the last of `columns`.
+  __device__ __forceinline__ void copy(T* tile, const T* from, int rows, int columns) const {
+    const int there = column < columns ? rows : 0;
     T* const target = tile + tile_at<kChunk>(row, column);
 #pragma unroll
-    for (int i = 0; i < kChunk; i += kRows) {
-      copy_async(reinterpret_cast<Pack<T, kTileVector>*>(target + i * kPanel), from + i * pitch,
-                 own >> i & 1);
+    for (int i = 0; i < kChunk / kRows; ++i) {
+      copy_async(reinterpret_cast<Pack<T, kTileVector>*>(target + i * kRows * kPanel),
+                 from + i * kRows * pitch, there >> i & 1);
     }
   }
 };
@@ -125,10 +135,8 @@ __device__ __forceinline__ float sum_over_warp(float x) {
 
 // ---- States ------------------------------------------------------------------------------------
 
-/// A warp has 16 rows of one panel of the state.
-__host__ __device__ constexpr int walk_warps(int states) {
-  return kBlockDim / 16 * (states / kPanel);
-}
+constexpr int kWalkWarps = 4;
+constexpr int kWalkThreads = kWalkWarps * kWarpSize;
 
 template <class T, int kStates>
 struct WalkShared {
@@ -136,27 +144,27 @@ struct WalkShared {
     T values[tile_size(kBlockDim)];  // x or dy: (token, p)
     T matrix[tile_size(kStates)];    // B or C: (token, n)
     float step[kChunk], decay[kChunk];
-    ChunkMasks masks, next_masks;  // of this chunk and the one walked through next
+    ChunkMasks masks, next_masks;  // of this chunk and of the one walked through next
   };
   Stage stage[2];
   T image[kBlockDim * kStates];  // the state, rounded
-  float factor[walk_warps(kStates)][kChunk];
+  float factor[kWalkWarps][kChunk];
 };
 
 /// A block walks through one segment of one block head in one direction. With kEnds it leaves only
 /// what a segment does to a state of 0, for the segments behind it.
 template <class T, int kStates, bool kEnds>
-__global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPanel ? 3 : 5)
+__global__ void __launch_bounds__(kWalkThreads, kStates > kPanel ? 3 : 5)
     walk_states(const SsdChunkScanParams p, const MmaPlan<T> plan) {
   extern __shared__ float4 shared_base[];
   auto& shared = *reinterpret_cast<WalkShared<T, kStates>*>(shared_base);
   constexpr int kPanels = kStates / kPanel;
-  constexpr int kWalkThreads = walk_warps(kStates) * kWarpSize;
+  constexpr int kTiles = kPanels;  // of 16 rows: a warp has so many, and one panel of columns
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / 4;
   const int pair = lane % 4 * 2;
-  const int first_row = warp / kPanels * 16;
+  const int first_row = warp / kPanels * (16 * kTiles);
   const int panel = warp % kPanels;
 
   const StepSpace<float>& steps = plan.steps;
@@ -171,14 +179,17 @@ __global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPa
   const int64_t first_slot = steps.slot_of(p, segment.sequence, segment.begin);
   const int chunks = static_cast<int>(ceil_div(segment.end - segment.begin, kChunk));
 
-  float state[8][4];
+  float state[kTiles][8][4];
   const auto for_state = [&](auto f) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        f(state[n][e], channel + first_row + e / 2 * 8 + row,
-          panel * kPanel + 8 * n + pair + e % 2);
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          f(state[m][n][e], channel + first_row + 16 * m + e / 2 * 8 + row,
+            panel * kPanel + 8 * n + pair + e % 2);
+        }
       }
     }
   };
@@ -210,12 +221,16 @@ __global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPa
       const float4* const source =
           reinterpret_cast<const float4*>(plan.ends + end * kStateSize) + threadIdx.x;
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float4 x = source[n * kWalkThreads];
-        state[n][0] = fmaf(decay, state[n][0], x.x);
-        state[n][1] = fmaf(decay, state[n][1], x.y);
-        state[n][2] = fmaf(decay, state[n][2], x.z);
-        state[n][3] = fmaf(decay, state[n][3], x.w);
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const float4 x = source[(m * 8 + n) * kWalkThreads];
+          float(&s)[4] = state[m][n];
+          s[0] = fmaf(decay, s[0], x.x);
+          s[1] = fmaf(decay, s[1], x.y);
+          s[2] = fmaf(decay, s[2], x.z);
+          s[3] = fmaf(decay, s[3], x.w);
+        }
       }
     }
   }
@@ -231,30 +246,34 @@ __global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPa
                                          first_token, group, 0);
   const T* next_values = values.source;
   const T* next_matrix = matrix.source;
-  const float* next_steps = (threadIdx.x < kChunk / 4 ? steps.step : steps.decay) +
-                            ((first_slot + first_chunk) * p.nheads + head) * kChunk +
-                            threadIdx.x % (kChunk / 4) * 4;
-  const ChunkMasks* next_masks = steps.masks + first_slot + first_chunk;
+  // Steps, decays and masks: 16 bytes for each of the first threads.
+  constexpr int kStepPacks = kChunk / 4;
+  const int64_t first_walked = first_slot + first_chunk;
+  const bool has_masks = threadIdx.x >= 2 * kStepPacks;
+  const int mask_index = has_masks ? static_cast<int>(threadIdx.x) - 2 * kStepPacks : 0;
+  const float* next_steps =
+      has_masks ? reinterpret_cast<const float*>(steps.masks + first_walked + mask_index * ahead)
+                : (threadIdx.x < kStepPacks ? steps.step : steps.decay) +
+                      (first_walked * p.nheads + head) * kChunk + threadIdx.x % kStepPacks * 4;
+  const int64_t step_pitch =
+      ahead * (has_masks ? int64_t{sizeof(ChunkMasks) / sizeof(float)} : p.nheads * kChunk);
   const auto load = [&](int k, uint64_t real) {
     if (k < chunks) {
       auto& stage = shared.stage[k % 2];
-      values.copy(stage.values, next_values, real, channels);
+      const int rows = values.rows_of(real);
+      values.copy(stage.values, next_values, rows, channels);
 #pragma unroll
       for (int n = 0; n < kPanels; ++n) {
-        matrix.copy(stage.matrix + n * tile_size(kPanel), next_matrix + n * kPanel, real,
+        matrix.copy(stage.matrix + n * tile_size(kPanel), next_matrix + n * kPanel, rows,
                     columns - n * kPanel);
       }
-      if (threadIdx.x < 2 * kChunk / 4) {
-        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + threadIdx.x, next_steps);
-      } else if (threadIdx.x < 2 * kChunk / 4 + 2) {
-        const int i = threadIdx.x - 2 * kChunk / 4;
-        copy_async(reinterpret_cast<Pack<uint32_t, 4>*>(&stage.masks) + i,
-                   reinterpret_cast<const uint32_t*>(next_masks + i * ahead), k + i < chunks);
+      if (threadIdx.x < 2 * kStepPacks + 2) {
+        copy_async(reinterpret_cast<Pack<float, 4>*>(stage.step) + threadIdx.x, next_steps,
+                   k + mask_index < chunks);
       }
-      next_masks += ahead;
+      next_steps += step_pitch;
       next_values += ahead * kChunk * values.pitch;
       next_matrix += ahead * kChunk * matrix.pitch;
-      next_steps += ahead * p.nheads * kChunk;
     }
     commit_copies();
   };
@@ -263,7 +282,7 @@ __global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPa
               panel * tile_size(kPanel) + first_row * kPanel + lane * kTileVector;
 
   float log_decay = 0;  // of the segment; -infinity across a reset
-  load(0, chunks > 0 ? next_masks->real : 0);
+  load(0, chunks > 0 ? steps.masks[first_walked].real : 0);
 #pragma unroll 1
   for (int k = 0; k < chunks; ++k) {
     wait_copies<0>();
@@ -293,16 +312,19 @@ __global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPa
     } else {
       const int own = recomputed(lane);
 #pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        store_a<kBlockDim>(round_tile<T>(state[n], state[n + 1]).a, shared.image, first_row,
-                           panel * kPanel + 8 * n, own);
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+          store_a<kBlockDim>(round_tile<T>(state[m][n], state[m][n + 1]).a, shared.image,
+                             first_row + 16 * m, panel * kPanel + 8 * n, own);
+        }
       }
     }
     __syncwarp();
     if constexpr (!kEnds) {
       const T* const source = shared.image + panel * tile_size(kPanel) + first_row * kPanel;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4 * kTiles; ++i) {
         constexpr int kWarpVectors = kWarpSize * kTileVector;
         store_vector(target + i * kWarpVectors,
                      load_vector(source + i * kWarpVectors + lane * kTileVector));
@@ -312,29 +334,50 @@ __global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPa
 
     const float passing = resets == 0 ? fast_exp2(last_decay) : 0.0f;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) state[n][e] *= passing;
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) state[m][n][e] *= passing;
+      }
     }
+    // Operands are loaded one step of 16 tokens ahead.
+    const int own = recomputed(lane);
+    uint32_t a[2][kTiles][4], b[2][4][4];
+    const auto load_operands = [&](int t) {
+      const int i = t / 16 % 2;
 #pragma unroll
-    for (int t = 0; t < kChunk; t += 16) {
-      const int own = recomputed(lane);
-      const float2 low = *reinterpret_cast<const float2*>(&shared.factor[warp][t + pair]);
-      const float2 high = *reinterpret_cast<const float2*>(&shared.factor[warp][t + 8 + pair]);
-      uint32_t a[4];
-      load_a_transposed<kChunk>(a, stage.values, t, first_row, own);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack_pair<T>(a[i]);
-        const float2 f = i < 2 ? low : high;
-        a[i] = round_pair<T>(x.x * f.x, x.y * f.y);
+      for (int m = 0; m < kTiles; ++m) {
+        load_a_transposed<kChunk>(a[i][m], stage.values, t, first_row + 16 * m, own);
       }
 #pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        uint32_t b[4];
-        load_b<kChunk>(b, stage.matrix, t, panel * kPanel + 8 * n, own);
-        multiply_add<T>(state[n], a, b[0], b[1]);
-        multiply_add<T>(state[n + 1], a, b[2], b[3]);
+      for (int n = 0; n < 4; ++n) {
+        load_b<kChunk>(b[i][n], stage.matrix, t, panel * kPanel + 16 * n, own);
+      }
+    };
+    load_operands(0);
+#pragma unroll
+    for (int t = 0; t < kChunk; t += 16) {
+      if (t + 16 < kChunk) load_operands(t + 16);
+      const int i = t / 16 % 2;
+      const float2 low = *reinterpret_cast<const float2*>(&shared.factor[warp][t + pair]);
+      const float2 high = *reinterpret_cast<const float2*>(&shared.factor[warp][t + 8 + pair]);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float2 x = unpack_pair<T>(a[i][m][e]);
+          const float2 f = e < 2 ? low : high;
+          a[i][m][e] = round_pair<T>(x.x * f.x, x.y * f.y);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          multiply_add<T>(state[m][2 * n], a[i][m], b[i][n][0], b[i][n][1]);
+          multiply_add<T>(state[m][2 * n + 1], a[i][m], b[i][n][2], b[i][n][3]);
+        }
       }
     }
   }
@@ -344,9 +387,12 @@ __global__ void __launch_bounds__(walk_warps(kStates) * kWarpSize, kStates > kPa
     const int64_t end = end_of(segment_slot);
     float4* const target = reinterpret_cast<float4*>(plan.ends + end * kStateSize) + threadIdx.x;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float(&s)[4] = state[n];
-      target[n * kWalkThreads] = make_float4(s[0], s[1], s[2], s[3]);
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float(&s)[4] = state[m][n];
+        target[(m * 8 + n) * kWalkThreads] = make_float4(s[0], s[1], s[2], s[3]);
+      }
     }
     if (threadIdx.x == 0) plan.end_decay[end] = fast_exp2(log_decay);
   } else if (backwards && segment.first && given(p.dinitial_states) &&
@@ -385,8 +431,8 @@ struct GradientShared {
   struct Sums {
     float rows[kPairWarps][kChunk];  // row sums of W, one part per 16 columns
     float columns[kChunk];           // column sums of W
-    float entering[kChunk];
-    float earlier[kChunk];
+    float entering[2][kChunk];       // per half of the states
+    float earlier[2][kChunk];
     float input[kChunk];
     float dD[kBlockDim];
     float passing[kPairWarps];
@@ -398,42 +444,62 @@ struct GradientShared {
   Sums sums[2];
 };
 
-/// dC or dB of one block head, 16 tokens of them: acc += factor A S, and <A S, M> per token, with
-/// A in registers.
+/// dC or dB of one block head, 32 tokens and half of the states of them: acc += factor A S, and
+/// <A S, M> per token, with A in registers.
 template <class T, int kStates>
-__device__ __forceinline__ void add_state_term(const uint32_t (&a)[4][4], const T* state,
-                                               const T* matrix, int first_row,
-                                               const float (&factor)[2],
-                                               float (&acc)[kStates / 8][4], float (&dot)[2]) {
-  dot[0] = dot[1] = 0;
+__device__ __forceinline__ void add_state_term(const uint32_t (&a)[2][4][4], const T* state,
+                                               const T* matrix, int first_row, int half_states,
+                                               const float (&factor)[2][2],
+                                               float (&acc)[2][kStates / 16][4],
+                                               float (&dot)[2][2]) {
+  // With two panels of states, the half is one of them.
+  const int first_state = kStates > kPanel ? 0 : half_states * (kStates / 2);
+  if (kStates > kPanel) {
+    state += half_states * tile_size(kPanel);
+    matrix += half_states * tile_size(kPanel);
+  }
 #pragma unroll
-  for (int n = 0; n < kStates / 8; n += 2) {
+  for (int m = 0; m < 2; ++m) dot[m][0] = dot[m][1] = 0;
+#pragma unroll
+  for (int n = 0; n < kStates / 16; n += 2) {
     const int lane = recomputed(lane_id());
-    float term[2][4] = {};
+    float term[2][2][4] = {};
 #pragma unroll
     for (int k = 0; k < kBlockDim / 16; ++k) {
       uint32_t b[4];
-      load_b<kBlockDim>(b, state, 16 * k, 8 * n, lane);
-      multiply_add<T>(term[0], a[k], b[0], b[1]);
-      multiply_add<T>(term[1], a[k], b[2], b[3]);
+      load_b<kBlockDim>(b, state, 16 * k, first_state + 8 * n, lane);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        multiply_add<T>(term[m][0], a[m][k], b[0], b[1]);
+        multiply_add<T>(term[m][1], a[m][k], b[2], b[3]);
+      }
     }
-    uint32_t own[4];  // M where the terms are
-    load_a<kChunk>(own, matrix, first_row, 8 * n, lane);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int m = 0; m < 2; ++m) {
+      uint32_t own[4];  // M where the terms are
+      load_a<kChunk>(own, matrix, first_row + 16 * m, first_state + 8 * n, lane);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 m = unpack_pair<T>(own[2 * i + half]);
-        const float x = term[i][2 * half];
-        const float y = term[i][2 * half + 1];
-        dot[half] = fmaf(x, m.x, fmaf(y, m.y, dot[half]));
-        acc[n + i][2 * half] = fmaf(factor[half], x, acc[n + i][2 * half]);
-        acc[n + i][2 * half + 1] = fmaf(factor[half], y, acc[n + i][2 * half + 1]);
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 other = unpack_pair<T>(own[2 * i + half]);
+          const float x = term[m][i][2 * half];
+          const float y = term[m][i][2 * half + 1];
+          float(&sum)[4] = acc[m][n + i];
+          dot[m][half] = fmaf(x, other.x, fmaf(y, other.y, dot[m][half]));
+          sum[2 * half] = fmaf(factor[m][half], x, sum[2 * half]);
+          sum[2 * half + 1] = fmaf(factor[m][half], y, sum[2 * half + 1]);
+        }
       }
     }
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) dot[half] = factor[half] * sum_over_columns(dot[half]);
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      dot[m][half] = factor[m][half] * sum_over_columns(dot[m][half]);
+    }
+  }
 }
 
 template <class T, int kStates>
@@ -471,6 +537,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
                                           block * kBlockDim);
   const TileCopy<T, kStateThreads> dy_copy(thread, p.dout, chunk.row, chunk.begin, head,
                                            block * kBlockDim);
+  const int rows = x_copy.rows_of(masks.real);
   const T* next_x = x_copy.source;
   const T* next_dy = dy_copy.source;
   const int64_t first_tile = (slot * steps.heads + first_head) * kStateSize + thread * kTileVector;
@@ -490,8 +557,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     if (k < heads) {
       auto& stage = shared.stage[k % 2];
       const int channels = static_cast<int>(p.headdim) - next_block * kBlockDim;  // of the block
-      x_copy.copy(stage.x, next_x, masks.real, channels);
-      dy_copy.copy(stage.dy, next_dy, masks.real, channels);
+      x_copy.copy(stage.x, next_x, rows, channels);
+      dy_copy.copy(stage.dy, next_dy, rows, channels);
 #pragma unroll
       for (int i = 0; i < kStateSize; i += kStateThreads * kTileVector) {
         const int at = i + thread * kTileVector;
@@ -519,13 +586,13 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     const int i = thread % kChunk;
     switch (thread / kChunk) {
       case 0: {
-        float x = sums.entering[i] - sums.columns[i];
+        float x = (sums.entering[0][i] + sums.entering[1][i]) - sums.columns[i];
         for (int part = 0; part < kPairWarps; ++part) x += sums.rows[part][i];
         steps.later[out * kChunk + i] = x;
         break;
       }
       case 1:
-        steps.earlier[out * kChunk + i] = sums.earlier[i];
+        steps.earlier[out * kChunk + i] = sums.earlier[0][i] + sums.earlier[1][i];
         break;
       case 2:
         steps.input[out * kChunk + i] = sums.input[i];
@@ -547,11 +614,14 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
     for (int n = 0; n < kStates; n += kPanel) {
       const int columns = static_cast<int>(p.dstate) - n;
-      B.copy(shared.B + tile_size(n), B.source + n, masks.real, columns);
-      C.copy(shared.C + tile_size(n), C.source + n, masks.real, columns);
+      B.copy(shared.B + tile_size(n), B.source + n, rows, columns);
+      C.copy(shared.C + tile_size(n), C.source + n, rows, columns);
     }
+    commit_copies();
     load(0);
+    wait_copies<1>();
   }
+  __syncthreads();
 
   if (warp < kPairWarps) {
     for (int i = lane; i < first_row; i += kWarpSize) {  // W is 0 there
@@ -570,31 +640,30 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
             (chunk.begin + dx_row) * p.dx.stride[1] + head * p.dx.stride[2] +
             (block * kBlockDim + dx_column) * p.dx.stride[3];
     int dx_block = block;
-    float dcb[8][4] = {};  // of (B C^T)(j, i)
+    {
+      float cb[8][4] = {};  // B C^T (j, i)
+#pragma unroll
+      for (int n = 0; n < kStates / 16; ++n) {
+        uint32_t a[4];
+        load_a<kChunk>(a, shared.B, first_row, 16 * n);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t b[4];
+          load_b_transposed<kChunk>(b, shared.C, 16 * i, 16 * n);
+          multiply_add<T>(cb[2 * i], a, b[0], b[1]);
+          multiply_add<T>(cb[2 * i + 1], a, b[2], b[3]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        shared.CB[i][threadIdx.x] = make_float4(cb[i][0], cb[i][1], cb[i][2], cb[i][3]);
+      }
+    }
+    float dcb[8][4] = {};
 #pragma unroll 1
     for (int k = 0; k < heads; ++k) {
       wait_copies<0>();
       __syncthreads();
-      if (k == 0) {
-        float cb[8][4] = {};
-#pragma unroll
-        for (int n = 0; n < kStates / 16; ++n) {
-          uint32_t a[4];
-          load_a<kChunk>(a, shared.B, first_row, 16 * n);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (i < warp) continue;
-            uint32_t b[4];
-            load_b_transposed<kChunk>(b, shared.C, 16 * i, 16 * n);
-            multiply_add<T>(cb[2 * i], a, b[0], b[1]);
-            multiply_add<T>(cb[2 * i + 1], a, b[2], b[3]);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          shared.CB[i][threadIdx.x] = make_float4(cb[i][0], cb[i][1], cb[i][2], cb[i][3]);
-        }
-      }
       const auto& stage = shared.stage[k % 2];
       auto& sums = shared.sums[k % 2];
       float decay[2], step[2];
@@ -771,7 +840,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   }
 
   const bool of_C = warp < 2 * kPairWarps;
-  float acc[kStates / 8][4] = {};
+  const int first_token = warp % 4 / 2 * 32;
+  const int half_states = warp % 2;
+  const int first_state = half_states * (kStates / 2);
+  float acc[2][kStates / 16][4] = {};
 #pragma unroll 1
   for (int k = 0; k < heads; ++k) {
     wait_copies<0>();
@@ -780,41 +852,47 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     if (k > 0) store_sums(k - 1);
     const auto& stage = shared.stage[k % 2];
     auto& sums = shared.sums[k % 2];
-    float factor[2];
+    const int own = recomputed(lane);
+    float factor[2][2];
+    uint32_t a[2][4][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int t = first_row + 8 * half + row;
-      const float decay = stage.decay[t];
-      factor[half] = 0;
-      if (of_C) {
-        if (t < masks.first_reset()) factor[half] = fast_exp2(decay);
-      } else if (t >= masks.last_reset()) {
-        factor[half] = fast_exp2(stage.decay[kChunk - 1] - decay) * stage.step[t];
-      }
-    }
-    uint32_t a[4][4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      load_a<kChunk>(a[c], of_C ? stage.dy : stage.x, first_row, 16 * c);
-    }
-    float dot[2];
-    add_state_term<T, kStates>(a, of_C ? stage.state : stage.dstate, of_C ? shared.C : shared.B,
-                               first_row, factor, acc, dot);
-    if (lane % 4 == 0) {
+    for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        (of_C ? sums.entering : sums.earlier)[first_row + 8 * half + row] = dot[half];
+        const int t = first_token + 16 * m + 8 * half + own / 4;
+        const float decay = stage.decay[t];
+        factor[m][half] = 0;
+        if (of_C) {
+          if (t < masks.first_reset()) factor[m][half] = fast_exp2(decay);
+        } else if (t >= masks.last_reset()) {
+          factor[m][half] = fast_exp2(stage.decay[kChunk - 1] - decay) * stage.step[t];
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        load_a<kChunk>(a[m][c], of_C ? stage.dy : stage.x, first_token + 16 * m, 16 * c, own);
       }
     }
+    float dot[2][2];
+    add_state_term<T, kStates>(a, of_C ? stage.state : stage.dstate, of_C ? shared.C : shared.B,
+                               first_token, half_states, factor, acc, dot);
+    if (lane % 4 == 0) {
+      float* const target = (of_C ? sums.entering : sums.earlier)[half_states] + first_token + row;
+      target[0] = dot[0][0];
+      target[8] = dot[0][1];
+      target[16] = dot[1][0];
+      target[24] = dot[1][1];
+    }
     // The other sums are diagonals of products: dD = diag(x^T dy), <S, dS> = trace(S dS^T).
+    const int own_lane = recomputed(lane);
     float left[4] = {}, right[4] = {};
     if (of_C) {
       if (given(p.dD)) {
 #pragma unroll
         for (int t = 0; t < kChunk; t += 16) {
           uint32_t x[4], dy[4];
-          load_a_transposed<kChunk>(x, stage.x, t, first_row);
-          load_b<kChunk>(dy, stage.dy, t, first_row);
+          load_a_transposed<kChunk>(x, stage.x, t, first_row, own_lane);
+          load_b<kChunk>(dy, stage.dy, t, first_row, own_lane);
           multiply_add<T>(left, x, dy[0], dy[1]);
           multiply_add<T>(right, x, dy[2], dy[3]);
         }
@@ -828,8 +906,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
       for (int n = 0; n < kStates; n += 16) {
         uint32_t s[4], ds[4];
-        load_a<kBlockDim>(s, stage.state, first_row, n);
-        load_b_transposed<kBlockDim>(ds, stage.dstate, first_row, n);
+        load_a<kBlockDim>(s, stage.state, first_row, n, own_lane);
+        load_b_transposed<kBlockDim>(ds, stage.dstate, first_row, n, own_lane);
         multiply_add<T>(left, s, ds[0], ds[1]);
         multiply_add<T>(right, s, ds[2], ds[3]);
       }
@@ -848,42 +926,51 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const T* const dcb_tile = shared.stage[0].x;  // (j, i)
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    uint32_t a[4];
-    if (of_C) {
-      load_a_transposed<kChunk>(a, dcb_tile, 16 * c, first_row);
-    } else {
-      load_a<kChunk>(a, dcb_tile, first_row, 16 * c);
+    uint32_t a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if (of_C) {
+        load_a_transposed<kChunk>(a[m], dcb_tile, 16 * c, first_token + 16 * m);
+      } else {
+        load_a<kChunk>(a[m], dcb_tile, first_token + 16 * m, 16 * c);
+      }
     }
 #pragma unroll
-    for (int n = 0; n < kStates / 8; n += 2) {
+    for (int n = 0; n < kStates / 16; n += 2) {
       uint32_t b[4];
-      load_b<kChunk>(b, of_C ? shared.B : shared.C, 16 * c, 8 * n);
-      multiply_add<T>(acc[n], a, b[0], b[1]);
-      multiply_add<T>(acc[n + 1], a, b[2], b[3]);
+      load_b<kChunk>(b, of_C ? shared.B : shared.C, 16 * c, first_state + 8 * n);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        multiply_add<T>(acc[m][n], a[m], b[0], b[1]);
+        multiply_add<T>(acc[m][n + 1], a[m], b[2], b[3]);
+      }
     }
   }
   const View<4>& v = of_C ? p.dC : p.dB;
-  float* const partial = of_C ? plan.dC : plan.dB;
   if (!given(v)) return;
+  float* const partial = of_C ? plan.dC : plan.dB;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int t = first_row + 8 * half + row;
-    if (t >= tokens) continue;
-    const int64_t out = chunk.row * v.stride[0] + (chunk.begin + t) * v.stride[1] +
-                        group * v.stride[2];
-    const int64_t partial_out =
-        (((subset * steps.chunks.slots + slot) * p.ngroups + group) * kChunk + t) * p.dstate;
+  for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int n = 0; n < kStates / 8; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const int t = first_token + 16 * m + 8 * half + row;
+      if (t >= tokens) continue;
+      const int64_t out =
+          chunk.row * v.stride[0] + (chunk.begin + t) * v.stride[1] + group * v.stride[2];
+      const int64_t partial_out =
+          (((subset * steps.chunks.slots + slot) * p.ngroups + group) * kChunk + t) * p.dstate;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * n + pair + e;
-        if (column >= p.dstate) continue;
-        const float value = acc[n][2 * half + e];
-        if (plan.subsets > 1) {
-          partial[partial_out + column] = value;
-        } else {
-          static_cast<T*>(v.data)[out + column * v.stride[3]] = from_accumulate<T>(value);
+      for (int n = 0; n < kStates / 16; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = first_state + 8 * n + pair + e;
+          if (column >= p.dstate) continue;
+          const float value = acc[m][n][2 * half + e];
+          if (plan.subsets > 1) {
+            partial[partial_out + column] = value;
+          } else {
+            static_cast<T*>(v.data)[out + column * v.stride[3]] = from_accumulate<T>(value);
+          }
         }
       }
     }
