@@ -41,8 +41,14 @@ __device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
   return given(v) ? load_as<Acc>(v.data, v.dtype, c * v.stride[0]) : Acc(0);
 }
 
-// ---- Host
-// ----------------------------------------------------------------------------------------
+/// x, hidden from the compiler: what is computed from it in a loop is computed there again, instead
+/// of being kept in registers that the loop needs more.
+__device__ __forceinline__ int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// ---- Host ----------------------------------------------------------------------------------------
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -47,13 +47,6 @@ constexpr int kThreads = kWarps * kWarpSize;
 /// a row, each in a plane of its own, fall into different banks as well.
 __host__ __device__ constexpr int plane_size(int depth) { return depth * kRows * kPitch + 8; }
 
-/// x, hidden from the compiler: what is computed from it in a loop is computed there again, instead
-/// of being kept in registers that the walk over a tile needs more.
-__device__ __forceinline__ int recomputed(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 /// x[d] for a d known at run time, without an array in memory.
 template <int kDepth>
 __device__ __forceinline__ float pick(const float (&x)[kDepth], int d) {

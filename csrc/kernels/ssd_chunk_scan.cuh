@@ -334,29 +334,31 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const T* row) {
 #endif
 }
 
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+
 // The operands of products out of a tile. `tile` is M or its transpose as it lies in shared memory;
-// row and column count there and are multiples of 16.
+// row and column count there and are multiples of 16. What depends on the lane is kept in registers
+// through a loop; give recomputed(lane_id()) where there are none to spare.
 
 /// A = M[row .. + 16][column .. + 16].
 template <int kRows, class T>
-__device__ __forceinline__ void load_a(uint32_t (&a)[4], const T* tile, int row, int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const T* tile, int row, int column,
+                                       int lane = lane_id()) {
   load_matrices<false>(a, tile + tile_at<kRows>(row, column, lane % 16, lane / 16));
 }
 
 /// A = M[row .. + 16][column .. + 16] transposed.
 template <int kRows, class T>
 __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const T* tile, int row,
-                                                  int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+                                                  int column, int lane = lane_id()) {
   load_matrices<true>(a,
                       tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2));
 }
 
 /// B of two products: b[0], b[1] = M[row .. + 16][column .. + 8], b[2], b[3] the 8 columns behind.
 template <int kRows, class T>
-__device__ __forceinline__ void load_b(uint32_t (&b)[4], const T* tile, int row, int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], const T* tile, int row, int column,
+                                       int lane = lane_id()) {
   load_matrices<true>(b, tile + tile_at<kRows>(row, column, lane % 16, lane / 16));
 }
 
@@ -364,8 +366,7 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const T* tile, int row,
 /// 8 rows below.
 template <int kRows, class T>
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const T* tile, int row,
-                                                  int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+                                                  int column, int lane = lane_id()) {
   load_matrices<false>(b,
                        tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2));
 }
@@ -373,8 +374,7 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const T* til
 /// The inverse of load_a_transposed.
 template <int kRows, class T>
 __device__ __forceinline__ void store_a_transposed(const uint32_t (&a)[4], T* tile, int row,
-                                                   int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+                                                   int column, int lane = lane_id()) {
 #if __CUDA_ARCH__ >= 900
   T* const own = tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2);
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(

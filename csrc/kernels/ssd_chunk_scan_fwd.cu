@@ -16,8 +16,8 @@
 //
 //   matrices  3 of (64 tokens, states): C and B of this chunk, C of the next. B of the next chunk
 //             arrives in the buffer of this chunk's C once all warps are done with it.
-//   x         2 of (64 tokens, 64 channels) per unit: this chunk and the next. x is read into
-//             registers at once, and its place taken by z, then by out on its way to memory.
+//   x         (64 tokens, 64 channels) per unit, needed late in a chunk
+//   gate      the same of z, then of out on its way to memory
 //   M         (64, 64) per unit
 //   steps     2 StepTables per unit: this chunk and the next
 //
@@ -45,7 +45,7 @@ struct ForwardPlan {
   int panels;       // of a head: blocks of kUnitChannels (plain path: of its own size)
   int unit_blocks;  // per group (plain path: per head)
   size_t shared;    // bytes of dynamic shared memory of a block
-  bool vector_x, vector_B, vector_C, vector_z, vector_out;
+  bool vector_out;  // rows of out are written in 16-byte vectors
   float* states;    // (slots, nheads, headdim, dstate) at the end of a segment; float64 with T
   float* decays;    // (slots, nheads): what is left there of the state before the segment
   float* partials;  // (batch, seqlen, nheads, headdim): y of a 16-bit T so far; plain path
@@ -167,6 +167,28 @@ struct alignas(16) StepTable {
   }
 };
 
+/// What a block works on, for all of its warps: in shared memory, since registers are short.
+template <class T, int kUnits>
+struct BlockWork {
+  Segment segment;
+  int64_t slot;
+  const uint8_t* marks;  // of the segment's tokens; null without marks
+  int count;             // tokens of the segment
+  // The first token of the segment in the tensors of the same names, the first channel of the unit.
+  const T* B;
+  const T* C;
+  struct Unit {
+    const T* x;
+    const T* z;
+    T* out;
+    StepRule<float> rule;
+    int64_t head;
+    int panel;     // first channel
+    int channels;  // 0 where the last block has one unit only
+    float D[kUnitChannels];
+  } units[kUnits];
+};
+
 /// Shared memory and threads of a block of kUnits units with kStates states.
 template <class T, int kUnits, int kStates>
 struct BlockLayout {
@@ -179,95 +201,134 @@ struct BlockLayout {
   static constexpr int kTile = kChunk * kUnitChannels;
 
   T matrices[3][kMatrix];
-  T x[2][kUnits][kTile];
+  T x[kUnits][kTile];
+  T gate[kUnits][kTile];   // z, then out
   T mixed[kUnits][kTile];  // M
   StepTable steps[2][kUnits];
+  BlockWork<T, kUnits> work;
 };
 
-/// Whether tokens take part: not behind the end, not padding.
-struct TokenFilter {
-  const uint8_t* marks;  // of the row, or null
-  int64_t end;
-  __device__ bool operator()(int64_t t) const {
-    return t < end && (marks == nullptr || marks[t] != kPadding);
+/// Copies rows t .. t + 64 of a matrix, counted from its first, to a tile: one vector in each of
+/// several passes. Rows of tokens behind the end and of padding are zero in the tile.
+template <int kPassRows, class T, class Work>
+__device__ __forceinline__ void copy_chunk(T* tile, const T* first, int64_t row_stride, int t,
+                                           int row, int column, bool has_column, const Work& work) {
+  static_assert(kPassRows % 8 == 0);  // the permutation in a tile is the same in every pass
+  T* const to = tile + tile_at<kChunk>(row, column);
+  const T* const from = first + (t + row) * row_stride + column;
+  const uint8_t* const marks = work.marks;
+  const int count = work.count;
+#pragma unroll
+  for (int pass = 0; pass < kChunk / kPassRows; ++pass) {
+    const int token = t + row + pass * kPassRows;
+    const bool there =
+        has_column && token < count && (marks == nullptr || marks[token] != kPadding);
+    copy_async(reinterpret_cast<Pack<T, kTileVector>*>(to + pass * kPassRows * kPanel),
+               there ? from + pass * kPassRows * row_stride : first, there);
   }
-};
+}
 
-/// Chunk `begin` .. of a matrix into a buffer of (64, kStates), by all threads of the block.
-template <int kStates, int kThreads, class T>
-__device__ __forceinline__ void copy_matrix(T* buffer, const MatrixView<const T>& m, int64_t begin,
-                                            const TokenFilter& filter) {
+/// Chunk t .. of B or C, by all threads of the block.
+template <int kStates, int kThreads, class T, class Work>
+__device__ __forceinline__ void copy_matrix(T* tile, const T* first, const View<4>& v,
+                                            int64_t dstate, int t, const Work& work) {
   constexpr int kVectors = kStates / kTileVector;
-#pragma unroll
-  for (int i = 0; i < kChunk * kVectors / kThreads; ++i) {
-    const int at = i * kThreads + threadIdx.x;
-    const int row = at / kVectors;
-    const int column = at % kVectors * kTileVector;
-    copy_tile_vector(buffer + tile_at<kChunk>(row, column), m, begin + row, column,
-                     filter(begin + row));
-  }
+  const int thread = recomputed(static_cast<int>(threadIdx.x));
+  const int column = thread % kVectors * kTileVector;
+  copy_chunk<kThreads / kVectors>(tile, first, v.stride[1], t, thread / kVectors, column,
+                                  column < dstate, work);
 }
 
-constexpr int kWarpVectors = kChunk * kWarpChannels / kTileVector;  // of a warp's channels
-
-/// Chunk `begin` .. of a warp's 16 channels into their columns of a tile.
-template <class T>
-__device__ __forceinline__ void copy_channels(T* tile, const MatrixView<const T>& m, int64_t begin,
-                                              int channel, const TokenFilter& filter) {
-#pragma unroll
-  for (int i = 0; i < kWarpVectors / kWarpSize; ++i) {
-    const int at = i * kWarpSize + threadIdx.x % kWarpSize;
-    const int row = at / 2;
-    const int column = channel + at % 2 * kTileVector;
-    copy_tile_vector(tile + tile_at<kChunk>(row, column), m, begin + row, column,
-                     filter(begin + row));
-  }
+/// Chunk t .. of x or z, by a warp for its 16 channels.
+template <class T, class Work>
+__device__ __forceinline__ void copy_channels(T* tile, const T* first, const View<4>& v,
+                                              int channels, int channel, int t, const Work& work) {
+  const int lane = recomputed(lane_id());
+  const int column = channel + lane % 2 * kTileVector;
+  copy_chunk<kWarpSize / 2>(tile, first, v.stride[1], t, lane / 2, column, column < channels, work);
 }
 
-template <class T>
-__device__ __forceinline__ void store_channels(const T* tile, const MatrixView<T>& m, int64_t begin,
-                                               int64_t end, int channel) {
-#pragma unroll
-  for (int i = 0; i < kWarpVectors / kWarpSize; ++i) {
-    const int at = i * kWarpSize + threadIdx.x % kWarpSize;
-    const int row = at / 2;
-    const int column = channel + at % 2 * kTileVector;
-    if (begin + row < end) {
-      store_tile_vector(tile + tile_at<kChunk>(row, column), m, begin + row, column);
-    }
-  }
-}
-
-/// The accumulators of a warp, (16 channels, 8 * kTiles states): calls f(accumulator, channel,
-/// state) for each that exists.
+/// Calls f(accumulator, channel, state) for every accumulator of a warp, (16 channels, 8 * kTiles
+/// states), that exists.
 template <int kTiles, class F>
 __device__ __forceinline__ void for_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
-                                           int64_t channel, F f) {
+                                           int channel, F f) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int i = 0; i < 2; ++i) {
+    const int c = channel + lane / 4 + 8 * i;
+    if (c >= p.headdim) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t c = channel + lane / 4 + i / 2 * 8;
-      const int64_t n = tile * 8 + lane % 4 * 2 + i % 2;
-      if (c < p.headdim && n < p.dstate) f(state[tile][i], c, n);
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int n = tile * 8 + lane % 4 * 2 + k;
+        if (n < p.dstate) f(state[tile][2 * i + k], c, n);
+      }
     }
   }
 }
 
 template <class T, int kTiles>
 __device__ __forceinline__ void load_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
-                                            const StateView& v, int64_t channel) {
+                                            const StateView& v, int channel) {
   if (v.data == nullptr) return;
   if (v.dtype == DType::kFloat32) {
-    for_states(state, p, channel, [&](float& s, int64_t c, int64_t n) {
-      s = static_cast<const float*>(v.data)[v.at(c, n)];
-    });
+    for_states(state, p, channel,
+               [&](float& s, int c, int n) { s = static_cast<const float*>(v.data)[v.at(c, n)]; });
   } else {
-    for_states(state, p, channel, [&](float& s, int64_t c, int64_t n) {
+    for_states(state, p, channel, [&](float& s, int c, int n) {
       s = to_accumulate(static_cast<const T*>(v.data)[v.at(c, n)]);
     });
   }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void store_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
+                                             const StateView& v, int channel) {
+  for_states(state, p, channel,
+             [&](float& s, int c, int n) { static_cast<float*>(v.data)[v.at(c, n)] = s; });
+}
+
+/// The first `count` tokens of a chunk, a warp's 16 channels of them, from a tile to out.
+template <class T>
+__device__ __forceinline__ void store_channels(const T* tile, T* first, const View<4>& v,
+                                               bool vectors, int channels, int channel, int t,
+                                               int count) {
+  const int lane = recomputed(lane_id());
+  const int column = channel + lane % 2 * kTileVector;
+  T* const to = first + (t + lane / 2) * v.stride[1] + column * v.stride[3];
+#pragma unroll
+  for (int pass = 0; pass < 4; ++pass) {
+    const int row = lane / 2 + pass * 16;
+    if (row >= count) break;
+    const T* const from = tile + tile_at<kChunk>(row, column);
+    T* const to_row = to + pass * 16 * v.stride[1];
+    if (vectors) {
+      if (column < channels) store_vector(to_row, load_vector(from));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kTileVector && column + i < channels; ++i) {
+        to_row[i * v.stride[3]] = from[i];
+      }
+    }
+  }
+}
+
+/// Row by row, `to` of (batch, seqlen, heads, pitch) from the columns of v, zeros behind them.
+template <class T>
+__global__ void copy_rows(const View<4> v, T* to, int64_t size, int64_t seqlen, int64_t heads,
+                          int64_t columns, int64_t pitch) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= size) return;
+  const int64_t column = i % pitch;
+  const int64_t head = i / pitch % heads;
+  const int64_t t = i / pitch / heads % seqlen;
+  const int64_t b = i / pitch / heads / seqlen;
+  to[i] = column < columns
+              ? static_cast<const T*>(v.data)[b * v.stride[0] + t * v.stride[1] +
+                                              head * v.stride[2] + column * v.stride[3]]
+              : from_accumulate<T>(0.0f);
 }
 
 /// M of every unit from K = C B^T. A warp makes 16 rows; with two units, 32 columns of them.
@@ -275,7 +336,7 @@ template <class T, int kUnits, int kStates>
 __device__ __forceinline__ void mix_tokens(BlockLayout<T, kUnits, kStates>& shared, const T* C,
                                            const T* B, const StepTable* steps) {
   constexpr int kBlocks = kChunk / 16 / kUnits;  // of 16 columns
-  const int lane = threadIdx.x % kWarpSize;
+  const int lane = recomputed(lane_id());
   const int warp = threadIdx.x / kWarpSize;
   const int row_block = warp % kUnitWarps;
   const int first_block = warp / kUnitWarps * kBlocks;
@@ -284,18 +345,18 @@ __device__ __forceinline__ void mix_tokens(BlockLayout<T, kUnits, kStates>& shar
 #pragma unroll
   for (int n = 0; n < kStates; n += 16) {
     uint32_t a[4];
-    load_a<kChunk>(a, C, row_block * 16, n);
+    load_a<kChunk>(a, C, row_block * 16, n, lane);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       if (first_block + block > row_block) break;
       uint32_t b[4];
-      load_b_transposed<kChunk>(b, B, (first_block + block) * 16, n);
+      load_b_transposed<kChunk>(b, B, (first_block + block) * 16, n, lane);
       multiply_add<T>(product[2 * block], a, b[0], b[1]);
       multiply_add<T>(product[2 * block + 1], a, b[2], b[3]);
     }
   }
   const int i = row_block * 16 + lane / 4;
-#pragma unroll
+#pragma unroll 1  // the states of the warp leave few registers for loads ahead of time
   for (int unit = 0; unit < kUnits; ++unit) {
     const StepTable& table = steps[unit];
     const float decay[2] = {table.decay_step[i].x, table.decay_step[i + 8].x};
@@ -334,232 +395,263 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
 
-  const int64_t unit_block = blockIdx.x % plan.unit_blocks;
-  const int64_t group = blockIdx.x / plan.unit_blocks % p.ngroups;
-  const int64_t slot = blockIdx.x / plan.unit_blocks / p.ngroups;
+  const int unit_block = blockIdx.x % plan.unit_blocks;
+  const int group = blockIdx.x / plan.unit_blocks % static_cast<int>(p.ngroups);
+  const int slot = blockIdx.x / plan.unit_blocks / static_cast<int>(p.ngroups);
   const Segment segment = segment_of(p, plan.segments, slot);
   if (!segment.exists || (states_only && segment.last)) return;
 
-  const int64_t group_heads = p.nheads / p.ngroups;
-  const int64_t units = group_heads * plan.panels;
-  const auto head_of = [&](int64_t unit) {
-    return group * group_heads + min(unit, units - 1) / plan.panels;
-  };
-  const int own = warp / kUnitWarps;               // unit of the block
-  const int64_t unit = unit_block * kUnits + own;  // of the group
-  const bool exists = unit < units;                // the last block may have one only
-  const int64_t head = head_of(unit);
-  const int64_t panel = unit % plan.panels * kUnitChannels;  // first channel of the unit
-  const int channel = warp % kUnitWarps * kWarpChannels;     // of the warp, in its unit
-  const int row = lane / 4;                                  // channel of the lane; another 8 on
-
-  const TokenFilter filter{
-      p.marks == nullptr ? nullptr : p.marks + segment.row * p.seqlen,
-      segment.end,
-  };
-  const MatrixView<const T> B(p.B, plan.vector_B, segment.row, group, 0, p.dstate);
-  const MatrixView<const T> C(p.C, plan.vector_C, segment.row, group, 0, p.dstate);
-  const MatrixView<const T> x(p.x, plan.vector_x, segment.row, head, panel, p.headdim);
+  const int own = warp / kUnitWarps;                      // unit of the block
+  const int channel = warp % kUnitWarps * kWarpChannels;  // of the warp, in its unit
+  T* const x_tile = shared.x[own];
+  T* const gate_tile = shared.gate[own];
+  auto& work = shared.work;
+  auto& unit = work.units[own];
+  if (warp % kUnitWarps == 0) {
+    const int group_heads = static_cast<int>(p.nheads / p.ngroups);
+    const int units = group_heads * plan.panels;
+    const int in_group = unit_block * kUnits + own;
+    const int head = group * group_heads + min(in_group, units - 1) / plan.panels;
+    const int panel = in_group % plan.panels * kUnitChannels;
+    const auto first = [&](const View<4>& v, int64_t i, int64_t column) {
+      return static_cast<T*>(v.data) + segment.row * v.stride[0] + segment.begin * v.stride[1] +
+             i * v.stride[2] + column * v.stride[3];
+    };
+    if (lane == 0) {
+      unit.x = first(p.x, head, panel);
+      unit.z = first(p.z, head, panel);
+      unit.out = first(p.out, head, panel);
+      unit.rule = StepRule<float>(p, head);
+      unit.head = head;
+      unit.panel = panel;
+      unit.channels =
+          in_group < units ? min(kUnitChannels, static_cast<int>(p.headdim) - panel) : 0;
+      work.segment = segment;
+      work.slot = slot;
+      work.marks = p.marks == nullptr ? nullptr : p.marks + segment.row * p.seqlen + segment.begin;
+      work.count = static_cast<int>(segment.end - segment.begin);
+      work.B = first(p.B, group, 0);
+      work.C = first(p.C, group, 0);
+    }
+    for (int c = lane; c < kUnitChannels; c += kWarpSize) {
+      const int64_t at = head * p.D.stride[0] + (panel + c) * p.D.stride[1];
+      const bool has = given(p.D) && panel + c < p.headdim;
+      unit.D[c] = has ? load_as<float>(p.D.data, p.D.dtype, at) : 0.0f;
+    }
+  }
+  __syncthreads();
 
   // The warps with the least to do in mix_tokens prepare the steps of the next chunk.
   const int prepared = warp - (kUnits - 1) * kUnitWarps;  // unit
   const bool prepares = prepared >= 0 && prepared < kUnits;
-  const int64_t prepared_head = head_of(unit_block * kUnits + max(prepared, 0));
-  const StepRule<float> rule(p, prepared_head);
-  ChunkTokens<float> tokens;
-  const auto load_tokens = [&](int64_t begin) {
-    if (prepares) tokens.load(p, segment.row, prepared_head, begin, segment.end);
+  ChunkTokens<float> steps;
+  const auto load_steps = [&](int t) {
+    if (!prepares) return;
+    const Segment& in = work.segment;
+    steps.load(p, in.row, work.units[prepared].head, in.begin + t, in.end);
   };
   const auto prepare_steps = [&](int buffer) {
-    if (prepares) {
-      shared.steps[buffer][prepared].fill(ChunkSteps<float>(rule, tokens, p.dt.dtype));
-    }
+    if (!prepares) return;
+    shared.steps[buffer][prepared].fill(
+        ChunkSteps<float>(work.units[prepared].rule, steps, p.dt.dtype));
+  };
+  const auto copy_B = [&](int matrix, int t) {
+    copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.B, p.B, p.dstate, t, work);
+  };
+  const auto copy_C = [&](int matrix, int t) {
+    copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.C, p.C, p.dstate, t, work);
+  };
+  const auto copy_x = [&](int t) {
+    copy_channels(x_tile, unit.x, p.x, unit.channels, channel, t, work);
   };
 
-  float D[2] = {};
-  if (given(p.D)) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int64_t c = panel + channel + row + 8 * k;
-      if (c < p.headdim) {
-        D[k] = load_as<float>(p.D.data, p.D.dtype, head * p.D.stride[0] + c * p.D.stride[1]);
-      }
-    }
-  }
+  int this_C = 0, this_B = 1, next_C = 2;  // matrices
+  int buffer = 0;                          // of steps
+  load_steps(0);
+  if (!states_only) copy_C(this_C, 0);
+  copy_B(this_B, 0);
+  commit_copies();
+  copy_x(0);
+  commit_copies();
+
   float state[kTiles][4] = {};
   if (!states_only) {
-    load_states<T>(state, p, state_before<float>(p, plan, segment, slot, head), panel + channel);
+    load_states<T>(state, p, state_before<float>(p, plan, segment, slot, unit.head),
+                   unit.panel + channel);
   }
   float left = 1;  // of the state before the segment
-
-  T* this_C = shared.matrices[0];
-  T* this_B = shared.matrices[1];
-  T* next_C = shared.matrices[2];
-  int buffer = 0;  // of x and steps
-  load_tokens(segment.begin);
-  if (segment.begin < segment.end) {
-    if (!states_only) copy_matrix<kStates, Layout::kThreads>(this_C, C, segment.begin, filter);
-    copy_matrix<kStates, Layout::kThreads>(this_B, B, segment.begin, filter);
-    copy_channels(shared.x[0][own], x, segment.begin, channel, filter);
-  }
-  commit_copies();
   prepare_steps(0);
 
-  for (int64_t begin = segment.begin; begin < segment.end; begin += kChunk) {
-    const int64_t next = begin + kChunk;
-    T* const tile = shared.x[buffer][own];
+#pragma unroll 1
+  for (int begin = 0; begin < work.count; begin += kChunk) {
+    const int next = begin + kChunk;
     const StepTable& table = shared.steps[buffer][own];
-    load_tokens(next);
-    wait_copies<0>();
+    load_steps(next);
+    wait_copies<1>();
     __syncthreads();  // this chunk's C, B and steps are there; nobody is at the last chunk any more
-
-    uint32_t x_operand[4][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      load_a_transposed<kChunk>(x_operand[k], tile, k * 16, channel);
-    }
     if (given(p.z) && !states_only) {
-      __syncwarp();
-      const MatrixView<const T> z(p.z, plan.vector_z, segment.row, head, panel, p.headdim);
-      copy_channels(tile, z, begin, channel, filter);
+      copy_channels(gate_tile, unit.z, p.z, unit.channels, channel, begin, work);
     }
     commit_copies();
-    if (next < segment.end) {
-      copy_channels(shared.x[1 - buffer][own], x, next, channel, filter);
+    if (next < work.count) {
       if (states_only) {
-        copy_matrix<kStates, Layout::kThreads>(next_C, B, next, filter);
+        copy_B(next_C, next);
       } else {
-        copy_matrix<kStates, Layout::kThreads>(next_C, C, next, filter);
+        copy_C(next_C, next);
       }
     }
     commit_copies();
 
-    if (!states_only) mix_tokens(shared, this_C, this_B, shared.steps[buffer]);
+    if (!states_only) {
+      mix_tokens<T, kUnits, kStates>(shared, shared.matrices[this_C], shared.matrices[this_B],
+                                     shared.steps[buffer]);
+    }
     prepare_steps(1 - buffer);
     if (!states_only) {
       __syncthreads();  // M is there
-      wait_copies<1>();
-      __syncwarp();  // z is there
+      const int l = recomputed(lane);
+      float y[kChunk / 8][4] = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float y[4][4] = {};
+      for (int n = 0; n < kStates; n += 16) {
+        const float(&s0)[4] = state[n / 8];
+        const float(&s1)[4] = state[n / 8 + 1];
+        const uint32_t a[4] = {round_pair<T>(s0[0], s0[1]), round_pair<T>(s0[2], s0[3]),
+                               round_pair<T>(s1[0], s1[1]), round_pair<T>(s1[2], s1[3])};
 #pragma unroll
-        for (int n = 0; n < kStates; n += 16) {
-          const float(&s0)[4] = state[n / 8];
-          const float(&s1)[4] = state[n / 8 + 1];
-          const uint32_t a[4] = {round_pair<T>(s0[0], s0[1]), round_pair<T>(s0[2], s0[3]),
-                                 round_pair<T>(s1[0], s1[1]), round_pair<T>(s1[2], s1[3])};
+        for (int i = 0; i < 4; ++i) {
+          uint32_t b[4];
+          load_b_transposed<kChunk>(b, shared.matrices[this_C], i * 16, n, l);
+          multiply_add<T>(y[2 * i], a, b[0], b[1]);
+          multiply_add<T>(y[2 * i + 1], a, b[2], b[3]);
+        }
+      }
 #pragma unroll
-          for (int block = 0; block < 2; ++block) {
-            uint32_t b[4];
-            load_b_transposed<kChunk>(b, this_C, half * 32 + block * 16, n);
-            multiply_add<T>(y[2 * block], a, b[0], b[1]);
-            multiply_add<T>(y[2 * block + 1], a, b[2], b[3]);
-          }
+      for (int i = 0; i < kChunk / 8; ++i) {
+        const float2 entering =
+            *reinterpret_cast<const float2*>(&table.entering[i * 8 + l % 4 * 2]);
+        y[i][0] *= entering.x;
+        y[i][1] *= entering.y;
+        y[i][2] *= entering.x;
+        y[i][3] *= entering.y;
+      }
+      wait_copies<2>();
+      __syncwarp();  // x is there
+      const float D[2] = {unit.D[channel + l / 4], unit.D[channel + l / 4 + 8]};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t a[4];
+        load_a_transposed<kChunk>(a, x_tile, j * 16, channel, l);
+#pragma unroll
+        for (int i = j; i < 4; ++i) {
+          uint32_t b[4];
+          load_b_transposed<kChunk>(b, shared.mixed[own], i * 16, j * 16, l);
+          multiply_add<T>(y[2 * i], a, b[0], b[1]);
+          multiply_add<T>(y[2 * i + 1], a, b[2], b[3]);
         }
 #pragma unroll
-        for (int tile8 = 0; tile8 < 4; ++tile8) {
-          const float2 entering = *reinterpret_cast<const float2*>(
-              &table.entering[half * 32 + tile8 * 8 + lane % 4 * 2]);
-          y[tile8][0] *= entering.x;
-          y[tile8][1] *= entering.y;
-          y[tile8][2] *= entering.x;
-          y[tile8][3] *= entering.y;
-        }
-#pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          const int i = half * 2 + block;  // in blocks of 16 tokens
-#pragma unroll
-          for (int j = 0; j <= i; ++j) {
-            uint32_t b[4];
-            load_b_transposed<kChunk>(b, shared.mixed[own], i * 16, j * 16);
-            multiply_add<T>(y[2 * block], x_operand[j], b[0], b[1]);
-            multiply_add<T>(y[2 * block + 1], x_operand[j], b[2], b[3]);
-          }
-          uint32_t z_operand[4];
-          if (given(p.z)) load_a_transposed<kChunk>(z_operand, tile, i * 16, channel);
-          uint32_t out_operand[4];
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            float(&pair)[4] = y[2 * block + k / 2];
-            const float2 own_x = unpack_pair<T>(x_operand[i][k]);
-            float y0 = fmaf(D[k % 2], own_x.x, pair[k % 2 * 2]);
-            float y1 = fmaf(D[k % 2], own_x.y, pair[k % 2 * 2 + 1]);
-            if (given(p.z)) {
-              const float2 gate = unpack_pair<T>(z_operand[k]);
-              y0 *= silu(gate.x);
-              y1 *= silu(gate.y);
-            }
-            out_operand[k] = round_pair<T>(y0, y1);
-          }
-          __syncwarp();
-          store_a_transposed<kChunk>(out_operand, tile, i * 16, channel);
+        for (int k = 0; k < 4; ++k) {
+          const float2 own_x = unpack_pair<T>(a[k]);
+          float* const pair = &y[2 * j + k / 2][k % 2 * 2];
+          pair[0] = fmaf(D[k % 2], own_x.x, pair[0]);
+          pair[1] = fmaf(D[k % 2], own_x.y, pair[1]);
         }
       }
       __syncthreads();  // nobody needs this chunk's C any more
-      if (next < segment.end) {
-        copy_matrix<kStates, Layout::kThreads>(this_C, B, next, filter);
+      if (next < work.count) copy_B(this_C, next);
+      commit_copies();
+
+      if (given(p.z)) {
+        wait_copies<2>();
+        __syncwarp();  // z is there
       }
-      if (exists) {
-        const MatrixView<T> out(p.out, plan.vector_out, segment.row, head, panel, p.headdim);
-        store_channels(tile, out, begin, segment.end, channel);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (given(p.z)) {
+          uint32_t gate[4];
+          load_a_transposed<kChunk>(gate, gate_tile, i * 16, channel, l);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float2 own_z = unpack_pair<T>(gate[k]);
+            y[2 * i + k / 2][k % 2 * 2] *= silu(own_z.x);
+            y[2 * i + k / 2][k % 2 * 2 + 1] *= silu(own_z.y);
+          }
+          __syncwarp();
+        }
+        uint32_t out[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          out[k] = round_pair<T>(y[2 * i + k / 2][k % 2 * 2], y[2 * i + k / 2][k % 2 * 2 + 1]);
+        }
+        store_a_transposed<kChunk>(out, gate_tile, i * 16, channel, l);
       }
+      __syncwarp();
+      store_channels(gate_tile, unit.out, p.out, plan.vector_out, unit.channels, channel, begin,
+                     work.count - begin);
+    } else {
+      wait_copies<1>();
+      __syncwarp();  // x is there
     }
-    commit_copies();
 
     const float passing = table.passing;
     left *= passing;
-    const bool reset = table.last_resets > 0;
+    if (table.last_resets > 0) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+      for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) state[i][k] = reset ? 0.0f : state[i][k] * passing;
+        for (int k = 0; k < 4; ++k) state[i][k] = 0;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) state[i][k] *= passing;
+      }
     }
+    const int l = recomputed(lane);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float* const weight = &table.leaving[j * 16 + lane % 4 * 2];
+      const float* const weight = &table.leaving[j * 16 + l % 4 * 2];
       const float2 first = *reinterpret_cast<const float2*>(weight);
       const float2 second = *reinterpret_cast<const float2*>(weight + 8);
       uint32_t a[4];
+      load_a_transposed<kChunk>(a, x_tile, j * 16, channel, l);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float2 w = k < 2 ? first : second;
-        const float2 v = unpack_pair<T>(x_operand[j][k]);
+        const float2 v = unpack_pair<T>(a[k]);
         a[k] = round_pair<T>(v.x * w.x, v.y * w.y);
       }
 #pragma unroll
       for (int n = 0; n < kStates; n += 16) {
         uint32_t b[4];
-        load_b<kChunk>(b, this_B, j * 16, n);
+        load_b<kChunk>(b, shared.matrices[this_B], j * 16, n, l);
         multiply_add<T>(state[n / 8], a, b[0], b[1]);
         multiply_add<T>(state[n / 8 + 1], a, b[2], b[3]);
       }
     }
+    __syncwarp();  // x is read
+    if (next < work.count) copy_x(next);
+    commit_copies();
 
-    // Of the three buffers, the one that was C's has B now, and the one that was B's is free.
-    T* const freed = this_B;
+    // What was this chunk's B is free now; the next one's is where its C, or that of a chunk
+    // without C would be.
+    const int freed = this_B;
     this_B = states_only ? next_C : this_C;
-    if (states_only) {
-      next_C = freed;
-    } else {
-      this_C = next_C;
-      next_C = freed;
-    }
+    this_C = states_only ? this_C : next_C;
+    next_C = freed;
     buffer = 1 - buffer;
   }
 
-  if (!exists) return;
+  if (unit.channels == 0) return;
   if (states_only) {
-    const StateView v = segment_state<float>(p, plan, slot, head);
-    for_states(state, p, panel + channel, [&](float& s, int64_t c, int64_t n) {
-      static_cast<float*>(v.data)[v.at(c, n)] = s;
-    });
-    if (panel == 0 && channel == 0 && lane == 0) plan.decays[slot * p.nheads + head] = left;
-  } else if (segment.last) {
-    const StateView v(p.final_states, segment.sequence, head);
-    for_states(state, p, panel + channel, [&](float& s, int64_t c, int64_t n) {
-      static_cast<float*>(v.data)[v.at(c, n)] = s;
-    });
+    store_states(state, p, segment_state<float>(p, plan, work.slot, unit.head),
+                 unit.panel + channel);
+    if (unit.panel == 0 && channel == 0 && lane == 0) {
+      plan.decays[work.slot * p.nheads + unit.head] = left;
+    }
+  } else if (work.segment.last) {
+    store_states(state, p, StateView(p.final_states, work.segment.sequence, unit.head),
+                 unit.panel + channel);
   }
 }
 
@@ -693,14 +785,11 @@ __global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
         shared.decay[threadIdx.x] = fast_exp2(step * rule.rate);
         shared.mark[threadIdx.x] = mark;
       }
-      const TokenFilter filter{
-          p.marks == nullptr ? nullptr : p.marks + row * p.seqlen,
-          segment.end,
-      };
+      __syncthreads();  // marks are there
       for (int i = threadIdx.x; i < tokens * Layout::kStates; i += kThreads) {
         const int t = i / Layout::kStates;
         const int s = i % Layout::kStates;
-        const bool there = n0 + s < p.dstate && filter(begin + t);
+        const bool there = n0 + s < p.dstate && shared.mark[t] != kPadding;
         shared.B[t][s] = there ? to_accumulate(*element(p.B, begin + t, group, n0 + s)) : Acc(0);
         if (states_only) continue;
         shared.C[t][s] = there ? to_accumulate(*element(p.C, begin + t, group, n0 + s)) : Acc(0);
@@ -708,7 +797,7 @@ __global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
       for (int i = threadIdx.x; i < tokens * Layout::kChannels; i += kThreads) {
         const int t = i / Layout::kChannels;
         const int c = i % Layout::kChannels;
-        const bool there = panel + c < p.headdim && filter(begin + t);
+        const bool there = panel + c < p.headdim && shared.mark[t] != kPadding;
         shared.x[t][c] = there ? to_accumulate(*element(p.x, begin + t, head, panel + c)) : Acc(0);
       }
       __syncthreads();
@@ -832,17 +921,11 @@ Segments choose_segments(const SsdChunkScanParams& p, int64_t blocks, const Forw
 }
 
 template <class Acc>
-size_t take_states(const SsdChunkScanParams& p, ForwardPlan& plan, void* base, bool partials) {
-  Workspace workspace(base);
-  if (plan.segments.per_sequence > 1) {
-    const int64_t rows = plan.segments.slots * p.nheads;
-    plan.states = reinterpret_cast<float*>(workspace.take<Acc>(rows * p.headdim * p.dstate));
-    plan.decays = reinterpret_cast<float*>(workspace.take<Acc>(rows));
-  }
-  if (partials) {
-    plan.partials = workspace.take<float>(p.batch * p.seqlen * p.nheads * p.headdim);
-  }
-  return workspace.size();
+void take_states(Workspace& workspace, const SsdChunkScanParams& p, ForwardPlan& plan) {
+  if (plan.segments.per_sequence == 1) return;
+  const int64_t rows = plan.segments.slots * p.nheads;
+  plan.states = reinterpret_cast<float*>(workspace.take<Acc>(rows * p.headdim * p.dstate));
+  plan.decays = reinterpret_cast<float*>(workspace.take<Acc>(rows));
 }
 
 /// Launches `kernel`, and before it what finds the states that segments start from.
@@ -859,10 +942,40 @@ void launch_segments(Kernel kernel, const SsdChunkScanParams& p, const ForwardPl
   launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, false);
 }
 
+/// What the tensor-core path reads has rows of 16-byte vectors; tensors that do not are copied into
+/// the workspace first, their rows filled up with zeros.
+template <class T>
+struct VectorRows {
+  View<4> SsdChunkScanParams::*view;
+  int64_t heads, columns;
+  T* copy = nullptr;
+
+  int64_t pitch() const { return ceil_div(columns, kTileVector) * kTileVector; }
+  int64_t rows(const SsdChunkScanParams& p) const { return p.batch * p.seqlen * heads; }
+
+  void take(Workspace& workspace, const SsdChunkScanParams& p) {
+    const View<4>& v = p.*view;
+    if (!given(v) || (columns % kTileVector == 0 && has_vector_rows<T>(v))) return;
+    copy = workspace.take<T>(rows(p) * pitch());
+  }
+
+  /// Replaces the view in p by one of the copy, which is made on `stream`.
+  void use(SsdChunkScanParams& p, cudaStream_t stream) const {
+    const int64_t size = rows(p) * pitch();
+    if (copy == nullptr || size == 0) return;
+    View<4>& v = p.*view;
+    constexpr int kThreads = 256;
+    copy_rows<T><<<static_cast<unsigned>(ceil_div(size, kThreads)), kThreads, 0, stream>>>(
+        v, copy, size, p.seqlen, heads, columns, pitch());
+    v = {copy, v.dtype, {p.seqlen * heads * pitch(), heads * pitch(), pitch(), 1}};
+  }
+};
+
 template <class T, int kUnits, int kStates>
 struct ChunkForward {
   using Layout = BlockLayout<T, kUnits, kStates>;
   ForwardPlan plan{};
+  VectorRows<T> inputs[4];
   size_t workspace_size;
 
   static bool fits() {
@@ -870,26 +983,31 @@ struct ChunkForward {
            static_cast<int64_t>(sizeof(Layout));
   }
 
-  ChunkForward(const SsdChunkScanParams& p, void* workspace) {
+  ChunkForward(const SsdChunkScanParams& p, void* base)
+      : inputs{{&SsdChunkScanParams::x, p.nheads, p.headdim},
+               {&SsdChunkScanParams::z, p.nheads, p.headdim},
+               {&SsdChunkScanParams::B, p.ngroups, p.dstate},
+               {&SsdChunkScanParams::C, p.ngroups, p.dstate}} {
     constexpr int64_t kReserved = 1024;  // bytes of shared memory that the system takes per block
     const int64_t held = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
                          (static_cast<int64_t>(sizeof(Layout)) + kReserved);
     plan.panels = static_cast<int>(ceil_div(p.headdim, kUnitChannels));
     plan.unit_blocks = static_cast<int>(ceil_div(p.nheads / p.ngroups * plan.panels, kUnits));
     plan.shared = sizeof(Layout);
-    plan.vector_x = has_vector_rows<T>(p.x);
-    plan.vector_B = has_vector_rows<T>(p.B);
-    plan.vector_C = has_vector_rows<T>(p.C);
-    plan.vector_z = given(p.z) && has_vector_rows<T>(p.z);
-    plan.vector_out = has_vector_rows<T>(p.out);
+    plan.vector_out = p.headdim % kTileVector == 0 && has_vector_rows<T>(p.out);
     const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)), 0.5,
                            0.5, 0.4, 3};
     plan.segments = choose_segments(p, p.ngroups * plan.unit_blocks, cost);
-    workspace_size = take_states<float>(p, plan, workspace, false);
+    Workspace workspace(base);
+    take_states<float>(workspace, p, plan);
+    for (VectorRows<T>& input : inputs) input.take(workspace, p);
+    workspace_size = workspace.size();
   }
 
   void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
-    launch_segments<float>(forward_chunks<T, kUnits, kStates>, p, plan,
+    SsdChunkScanParams q = p;
+    for (const VectorRows<T>& input : inputs) input.use(q, stream);
+    launch_segments<float>(forward_chunks<T, kUnits, kStates>, q, plan,
                            plan.segments.slots * p.ngroups * plan.unit_blocks, Layout::kThreads,
                            stream);
   }
@@ -902,12 +1020,16 @@ struct PlainForward {
   ForwardPlan plan{};
   size_t workspace_size;
 
-  PlainForward(const SsdChunkScanParams& p, void* workspace) {
+  PlainForward(const SsdChunkScanParams& p, void* base) {
     plan.panels = static_cast<int>(std::max<int64_t>(1, ceil_div(p.headdim, Layout::kChannels)));
     const ForwardCost cost{512 / Layout::kThreads, 0.5, 0.5, 0.7, 1};
     plan.segments = choose_segments(p, p.nheads * plan.panels, cost);
-    const bool partials = !std::is_same_v<T, Acc> && p.dstate > Layout::kStates;
-    workspace_size = take_states<Acc>(p, plan, workspace, partials);
+    Workspace workspace(base);
+    take_states<Acc>(workspace, p, plan);
+    if (!std::is_same_v<T, Acc> && p.dstate > Layout::kStates) {
+      plan.partials = workspace.take<float>(p.batch * p.seqlen * p.nheads * p.headdim);
+    }
+    workspace_size = workspace.size();
   }
 
   void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
@@ -921,7 +1043,8 @@ template <class T>
 bool takes_chunk_path(const SsdChunkScanParams& p) {
   constexpr int64_t kMaxSize = int64_t{1} << 30;
   return sizeof(T) == 2 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
-         p.dstate > 0 && p.dstate <= 128 && p.headdim <= kMaxSize;
+         p.dstate > 0 && p.dstate <= 128 && p.headdim <= kMaxSize && p.seqlen <= kMaxSize &&
+         p.nheads <= kMaxSize && p.num_sequences <= kMaxSize;
 }
 
 /// Calls f with the plan of the path that takes the call.
