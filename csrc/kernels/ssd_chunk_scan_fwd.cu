@@ -217,14 +217,19 @@ __device__ __forceinline__ void copy_chunk(T* tile, const T* first, int64_t row_
   T* const to = tile + tile_at<kChunk>(row, column);
   const T* const from = first + (t + row) * row_stride + column;
   const uint8_t* const marks = work.marks;
-  const int count = work.count;
-#pragma unroll
-  for (int pass = 0; pass < kChunk / kPassRows; ++pass) {
-    const int token = t + row + pass * kPassRows;
-    const bool there =
-        has_column && token < count && (marks == nullptr || marks[token] != kPadding);
+  const int left = has_column ? work.count - t - row : 0;  // tokens
+  const auto copy = [&](int pass, bool there) {
     copy_async(reinterpret_cast<Pack<T, kTileVector>*>(to + pass * kPassRows * kPanel),
-               there ? from + pass * kPassRows * row_stride : first, there);
+               from + pass * kPassRows * row_stride, there);
+  };
+  if (marks == nullptr) {
+#pragma unroll
+    for (int pass = 0; pass < kChunk / kPassRows; ++pass) copy(pass, pass * kPassRows < left);
+  } else {
+#pragma unroll
+    for (int pass = 0; pass < kChunk / kPassRows; ++pass) {
+      copy(pass, pass * kPassRows < left && marks[t + row + pass * kPassRows] != kPadding);
+    }
   }
 }
 
@@ -367,18 +372,28 @@ __device__ __forceinline__ void mix_tokens(BlockLayout<T, kUnits, kStates>& shar
       if (first_block + tile / 2 > row_block) break;
       const int j = first_block * 16 + tile * 8 + lane % 4 * 2;
       const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
+      float decays[2][2];  // rows i and i + 8, columns j and j + 1
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        bool sees[2] = {j <= i + 8 * k, j + 1 <= i + 8 * k};
-        if (any_resets) {
-          sees[0] &= table.resets[j] == resets[k];
-          sees[1] &= table.resets[j + 1] == resets[k];
-        }
+        decays[k][0] = decay[k] - pair.x;
+        decays[k][1] = decay[k] - pair.z;
+      }
+      if (any_resets || first_block + tile / 2 == row_block) {
         constexpr float kNever = -1e30f;  // a power of two that is 0
-        const float m0 = fast_exp2(sees[0] ? decay[k] - pair.x : kNever) * pair.y;
-        const float m1 = fast_exp2(sees[1] ? decay[k] - pair.z : kNever) * pair.w;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            const bool sees = j + m <= i + 8 * k && table.resets[j + m] == resets[k];
+            if (!sees) decays[k][m] = kNever;
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
         *reinterpret_cast<uint32_t*>(shared.mixed[unit] + tile_at<kChunk>(i + 8 * k, j)) =
-            round_pair<T>(product[tile][2 * k] * m0, product[tile][2 * k + 1] * m1);
+            round_pair<T>(product[tile][2 * k] * (fast_exp2(decays[k][0]) * pair.y),
+                          product[tile][2 * k + 1] * (fast_exp2(decays[k][1]) * pair.w));
       }
     }
   }
@@ -444,16 +459,13 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   // The warps with the least to do in mix_tokens prepare the steps of the next chunk.
   const int prepared = warp - (kUnits - 1) * kUnitWarps;  // unit
   const bool prepares = prepared >= 0 && prepared < kUnits;
-  ChunkTokens<float> steps;
-  const auto load_steps = [&](int t) {
+  const auto prepare_steps = [&](int buffer, int t) {
     if (!prepares) return;
     const Segment& in = work.segment;
-    steps.load(p, in.row, work.units[prepared].head, in.begin + t, in.end);
-  };
-  const auto prepare_steps = [&](int buffer) {
-    if (!prepares) return;
-    shared.steps[buffer][prepared].fill(
-        ChunkSteps<float>(work.units[prepared].rule, steps, p.dt.dtype));
+    const auto& of = work.units[prepared];
+    ChunkTokens<float> tokens;
+    tokens.load(p, in.row, of.head, in.begin + t, in.end);
+    shared.steps[buffer][prepared].fill(ChunkSteps<float>(of.rule, tokens, p.dt.dtype));
   };
   const auto copy_B = [&](int matrix, int t) {
     copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.B, p.B, p.dstate, t, work);
@@ -467,7 +479,6 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
 
   int this_C = 0, this_B = 1, next_C = 2;  // matrices
   int buffer = 0;                          // of steps
-  load_steps(0);
   if (!states_only) copy_C(this_C, 0);
   copy_B(this_B, 0);
   commit_copies();
@@ -480,13 +491,12 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
                    unit.panel + channel);
   }
   float left = 1;  // of the state before the segment
-  prepare_steps(0);
+  prepare_steps(0, 0);
 
 #pragma unroll 1
   for (int begin = 0; begin < work.count; begin += kChunk) {
     const int next = begin + kChunk;
     const StepTable& table = shared.steps[buffer][own];
-    load_steps(next);
     wait_copies<1>();
     __syncthreads();  // this chunk's C, B and steps are there; nobody is at the last chunk any more
     if (given(p.z) && !states_only) {
@@ -502,11 +512,11 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
     }
     commit_copies();
 
+    prepare_steps(1 - buffer, next);
     if (!states_only) {
       mix_tokens<T, kUnits, kStates>(shared, shared.matrices[this_C], shared.matrices[this_B],
                                      shared.steps[buffer]);
     }
-    prepare_steps(1 - buffer);
     if (!states_only) {
       __syncthreads();  // M is there
       const int l = recomputed(lane);
