@@ -336,65 +336,44 @@ __global__ void copy_rows(const View<4> v, T* to, int64_t size, int64_t seqlen, 
               : from_accumulate<T>(0.0f);
 }
 
-/// M of every unit from K = C B^T. A warp makes 16 rows; with two units, 32 columns of them.
-template <class T, int kUnits, int kStates>
-__device__ __forceinline__ void mix_tokens(BlockLayout<T, kUnits, kStates>& shared, const T* C,
-                                           const T* B, const StepTable* steps) {
-  constexpr int kBlocks = kChunk / 16 / kUnits;  // of 16 columns
+/// A warp's 16 rows of M from those of K: (i, j) with a decay from j to i. Only what is left of the
+/// end of the diagonal block of 16 columns is written.
+template <class T>
+__device__ __forceinline__ void mix_tokens(T* mixed, const float (&product)[kChunk / 8][4],
+                                           const StepTable& table) {
   const int lane = recomputed(lane_id());
-  const int warp = threadIdx.x / kWarpSize;
-  const int row_block = warp % kUnitWarps;
-  const int first_block = warp / kUnitWarps * kBlocks;
-  if (first_block > row_block) return;
-  float product[2 * kBlocks][4] = {};
-#pragma unroll
-  for (int n = 0; n < kStates; n += 16) {
-    uint32_t a[4];
-    load_a<kChunk>(a, C, row_block * 16, n, lane);
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      if (first_block + block > row_block) break;
-      uint32_t b[4];
-      load_b_transposed<kChunk>(b, B, (first_block + block) * 16, n, lane);
-      multiply_add<T>(product[2 * block], a, b[0], b[1]);
-      multiply_add<T>(product[2 * block + 1], a, b[2], b[3]);
-    }
-  }
+  const int row_block = static_cast<int>(threadIdx.x) / kWarpSize % kUnitWarps;
   const int i = row_block * 16 + lane / 4;
-#pragma unroll 1  // the states of the warp leave few registers for loads ahead of time
-  for (int unit = 0; unit < kUnits; ++unit) {
-    const StepTable& table = steps[unit];
-    const float decay[2] = {table.decay_step[i].x, table.decay_step[i + 8].x};
-    const int resets[2] = {table.resets[i], table.resets[i + 8]};
-    const bool any_resets = table.last_resets > 0;
+  const float decay[2] = {table.decay_step[i].x, table.decay_step[i + 8].x};
+  const int resets[2] = {table.resets[i], table.resets[i + 8]};
+  const bool any_resets = table.last_resets > 0;
 #pragma unroll
-    for (int tile = 0; tile < 2 * kBlocks; ++tile) {
-      if (first_block + tile / 2 > row_block) break;
-      const int j = first_block * 16 + tile * 8 + lane % 4 * 2;
-      const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
-      float decays[2][2];  // rows i and i + 8, columns j and j + 1
+  for (int tile = 0; tile < kChunk / 8; ++tile) {
+    if (tile / 2 > row_block) break;
+    const int j = tile * 8 + lane % 4 * 2;
+    const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
+    float decays[2][2];  // rows i and i + 8, columns j and j + 1
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      decays[k][0] = decay[k] - pair.x;
+      decays[k][1] = decay[k] - pair.z;
+    }
+    if (any_resets || tile / 2 == row_block) {
+      constexpr float kNever = -1e30f;  // a power of two that is 0
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        decays[k][0] = decay[k] - pair.x;
-        decays[k][1] = decay[k] - pair.z;
-      }
-      if (any_resets || first_block + tile / 2 == row_block) {
-        constexpr float kNever = -1e30f;  // a power of two that is 0
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            const bool sees = j + m <= i + 8 * k && table.resets[j + m] == resets[k];
-            if (!sees) decays[k][m] = kNever;
-          }
+        for (int m = 0; m < 2; ++m) {
+          const bool sees = j + m <= i + 8 * k && table.resets[j + m] == resets[k];
+          if (!sees) decays[k][m] = kNever;
         }
       }
+    }
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        *reinterpret_cast<uint32_t*>(shared.mixed[unit] + tile_at<kChunk>(i + 8 * k, j)) =
-            round_pair<T>(product[tile][2 * k] * (fast_exp2(decays[k][0]) * pair.y),
-                          product[tile][2 * k + 1] * (fast_exp2(decays[k][1]) * pair.w));
-      }
+    for (int k = 0; k < 2; ++k) {
+      *reinterpret_cast<uint32_t*>(mixed + tile_at<kChunk>(i + 8 * k, j)) =
+          round_pair<T>(product[tile][2 * k] * (fast_exp2(decays[k][0]) * pair.y),
+                        product[tile][2 * k + 1] * (fast_exp2(decays[k][1]) * pair.w));
     }
   }
 }
@@ -405,7 +384,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
     forward_chunks(const SsdChunkScanParams p, const ForwardPlan plan, bool states_only) {
   using Layout = BlockLayout<T, kUnits, kStates>;
   constexpr int kTiles = kStates / 8;
-  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Layout& shared = *reinterpret_cast<Layout*>(shared_bytes);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
@@ -456,16 +435,13 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   }
   __syncthreads();
 
-  // The warps with the least to do in mix_tokens prepare the steps of the next chunk.
-  const int prepared = warp - (kUnits - 1) * kUnitWarps;  // unit
-  const bool prepares = prepared >= 0 && prepared < kUnits;
+  // By the warp of the unit that has the least to do in mix_tokens.
   const auto prepare_steps = [&](int buffer, int t) {
-    if (!prepares) return;
+    if (warp % kUnitWarps != 0) return;
     const Segment& in = work.segment;
-    const auto& of = work.units[prepared];
     ChunkTokens<float> tokens;
-    tokens.load(p, in.row, of.head, in.begin + t, in.end);
-    shared.steps[buffer][prepared].fill(ChunkSteps<float>(of.rule, tokens, p.dt.dtype));
+    tokens.load(p, in.row, unit.head, in.begin + t, in.end);
+    shared.steps[buffer][own].fill(ChunkSteps<float>(unit.rule, tokens, p.dt.dtype));
   };
   const auto copy_B = [&](int matrix, int t) {
     copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.B, p.B, p.dstate, t, work);
@@ -491,6 +467,10 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
                    unit.panel + channel);
   }
   float left = 1;  // of the state before the segment
+  // M is multiplied as a whole where warps multiply together.
+  for (int i = threadIdx.x; i < kUnits * Layout::kTile; i += Layout::kThreads) {
+    shared.mixed[0][i] = from_accumulate<T>(0.0f);
+  }
   prepare_steps(0, 0);
 
 #pragma unroll 1
@@ -498,6 +478,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
     const int next = begin + kChunk;
     const StepTable& table = shared.steps[buffer][own];
     wait_copies<1>();
+    publish_tiles();
     __syncthreads();  // this chunk's C, B and steps are there; nobody is at the last chunk any more
     if (given(p.z) && !states_only) {
       copy_channels(gate_tile, unit.z, p.z, unit.channels, channel, begin, work);
@@ -511,30 +492,34 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       }
     }
     commit_copies();
-
     prepare_steps(1 - buffer, next);
+
+    uint32_t x_operand[4][4];
     if (!states_only) {
-      mix_tokens<T, kUnits, kStates>(shared, shared.matrices[this_C], shared.matrices[this_B],
-                                     shared.steps[buffer]);
-    }
-    if (!states_only) {
-      __syncthreads();  // M is there
-      const int l = recomputed(lane);
-      float y[kChunk / 8][4] = {};
+      const T* const C = shared.matrices[this_C];
+      float y[kChunk / 8][4];
+      multiply_tiles<kStates>(y, C, shared.matrices[this_B]);
+      mix_tokens(shared.mixed[own], y, table);
+      publish_tiles();
+      sync_unit(own);  // M is there
 #pragma unroll
-      for (int n = 0; n < kStates; n += 16) {
-        const float(&s0)[4] = state[n / 8];
-        const float(&s1)[4] = state[n / 8 + 1];
-        const uint32_t a[4] = {round_pair<T>(s0[0], s0[1]), round_pair<T>(s0[2], s0[3]),
-                               round_pair<T>(s1[0], s1[1]), round_pair<T>(s1[2], s1[3])};
+      for (int t = 0; t < kChunk / 8; ++t) y[t][0] = y[t][1] = y[t][2] = y[t][3] = 0;
+      constexpr int kSteps = 4;  // of 16 states: as many as there are registers to round them into
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t b[4];
-          load_b_transposed<kChunk>(b, shared.matrices[this_C], i * 16, n, l);
-          multiply_add<T>(y[2 * i], a, b[0], b[1]);
-          multiply_add<T>(y[2 * i + 1], a, b[2], b[3]);
+      for (int n = 0; n < kStates; n += 16 * kSteps) {
+        uint32_t rounded[kSteps][4];
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          const float(&s0)[4] = state[n / 8 + 2 * k];
+          const float(&s1)[4] = state[n / 8 + 2 * k + 1];
+          rounded[k][0] = round_pair<T>(s0[0], s0[1]);
+          rounded[k][1] = round_pair<T>(s0[2], s0[3]);
+          rounded[k][2] = round_pair<T>(s1[0], s1[1]);
+          rounded[k][3] = round_pair<T>(s1[2], s1[3]);
         }
+        multiply_transposed<false>(y, rounded, C, n);
       }
+      const int l = recomputed(lane);
 #pragma unroll
       for (int i = 0; i < kChunk / 8; ++i) {
         const float2 entering =
@@ -546,21 +531,17 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       }
       wait_copies<2>();
       __syncwarp();  // x is there
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        load_a_transposed<kChunk>(x_operand[j], x_tile, j * 16, channel, l);
+      }
+      multiply_transposed<true>(y, x_operand, shared.mixed[own], 0);
       const float D[2] = {unit.D[channel + l / 4], unit.D[channel + l / 4 + 8]};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        uint32_t a[4];
-        load_a_transposed<kChunk>(a, x_tile, j * 16, channel, l);
-#pragma unroll
-        for (int i = j; i < 4; ++i) {
-          uint32_t b[4];
-          load_b_transposed<kChunk>(b, shared.mixed[own], i * 16, j * 16, l);
-          multiply_add<T>(y[2 * i], a, b[0], b[1]);
-          multiply_add<T>(y[2 * i + 1], a, b[2], b[3]);
-        }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float2 own_x = unpack_pair<T>(a[k]);
+          const float2 own_x = unpack_pair<T>(x_operand[j][k]);
           float* const pair = &y[2 * j + k / 2][k % 2 * 2];
           pair[0] = fmaf(D[k % 2], own_x.x, pair[0]);
           pair[1] = fmaf(D[k % 2], own_x.y, pair[1]);
@@ -623,22 +604,15 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       const float* const weight = &table.leaving[j * 16 + l % 4 * 2];
       const float2 first = *reinterpret_cast<const float2*>(weight);
       const float2 second = *reinterpret_cast<const float2*>(weight + 8);
-      uint32_t a[4];
-      load_a_transposed<kChunk>(a, x_tile, j * 16, channel, l);
+      load_a_transposed<kChunk>(x_operand[j], x_tile, j * 16, channel, l);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float2 w = k < 2 ? first : second;
-        const float2 v = unpack_pair<T>(a[k]);
-        a[k] = round_pair<T>(v.x * w.x, v.y * w.y);
-      }
-#pragma unroll
-      for (int n = 0; n < kStates; n += 16) {
-        uint32_t b[4];
-        load_b<kChunk>(b, shared.matrices[this_B], j * 16, n, l);
-        multiply_add<T>(state[n / 8], a, b[0], b[1]);
-        multiply_add<T>(state[n / 8 + 1], a, b[2], b[3]);
+        const float2 v = unpack_pair<T>(x_operand[j][k]);
+        x_operand[j][k] = round_pair<T>(v.x * w.x, v.y * w.y);
       }
     }
+    multiply(state, x_operand, shared.matrices[this_B]);
     __syncwarp();  // x is read
     if (next < work.count) copy_x(next);
     commit_copies();
