@@ -48,6 +48,7 @@ struct ForwardPlan {
   bool vector_out;  // rows of out are written in 16-byte vectors
   float* states;    // (slots, nheads, headdim, dstate) at the end of a segment; float64 with T
   float* decays;    // (slots, nheads): what is left there of the state before the segment
+  void* steps;      // (slots, chunks, nheads) StepTables; tensor-core path
   float* partials;  // (batch, seqlen, nheads, headdim): y of a 16-bit T so far; plain path
 };
 
@@ -148,24 +149,39 @@ struct alignas(16) StepTable {
   int resets[kChunk];
   float passing;  // what is left after the chunk of the state before it
   int last_resets;
-
-  /// By one warp.
-  __device__ __forceinline__ void fill(const ChunkSteps<float>& steps) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = 2 * lane + i;
-      decay_step[t] = make_float2(steps.decay[i], steps.step[i]);
-      entering[t] = steps.entering(i);
-      leaving[t] = steps.step[i] * steps.leaving(i);
-      resets[t] = steps.resets[i];
-    }
-    if (lane == 0) {
-      passing = steps.passing();
-      last_resets = steps.last_resets;
-    }
-  }
 };
+
+/// The step tables of all chunks, (slots, chunks of a segment, nheads), one warp each.
+template <class Acc>
+__global__ void __launch_bounds__(256)
+    make_step_tables(const SsdChunkScanParams p, const ForwardPlan plan) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
+  const int64_t chunks = plan.segments.length / kChunk;
+  const int64_t head = i % p.nheads;
+  const int64_t slot = i / p.nheads / chunks;
+  if (slot >= plan.segments.slots) return;
+  const Segment segment = segment_of(p, plan.segments, slot);
+  const int64_t begin = segment.begin + i / p.nheads % chunks * kChunk;
+  if (!segment.exists || begin >= segment.end) return;
+  ChunkTokens<Acc> tokens;
+  tokens.load(p, segment.row, head, begin, segment.end);
+  const ChunkSteps<Acc> steps(StepRule<Acc>(p, head), tokens, p.dt.dtype);
+  StepTable& table = static_cast<StepTable*>(plan.steps)[i];
+  const auto pair = [lane](auto* values, auto first, auto second) {
+    values[2 * lane] = first;
+    values[2 * lane + 1] = second;
+  };
+  reinterpret_cast<float4*>(table.decay_step)[lane] =
+      make_float4(steps.decay[0], steps.step[0], steps.decay[1], steps.step[1]);
+  pair(table.entering, steps.entering(0), steps.entering(1));
+  pair(table.leaving, steps.step[0] * steps.leaving(0), steps.step[1] * steps.leaving(1));
+  pair(table.resets, steps.resets[0], steps.resets[1]);
+  if (lane == 0) {
+    table.passing = steps.passing();
+    table.last_resets = steps.last_resets;
+  }
+}
 
 /// What a block works on, for all of its warps: in shared memory, since registers are short.
 template <class T, int kUnits>
@@ -181,8 +197,8 @@ struct BlockWork {
     const T* x;
     const T* z;
     T* out;
-    StepRule<float> rule;
-    int64_t head;
+    const StepTable* steps;
+    int head;
     int panel;     // first channel
     int channels;  // 0 where the last block has one unit only
     float D[kUnitChannels];
@@ -336,44 +352,51 @@ __global__ void copy_rows(const View<4> v, T* to, int64_t size, int64_t seqlen, 
               : from_accumulate<T>(0.0f);
 }
 
+/// The number of the warp, known to the compiler to be that for all of its lanes.
+__device__ __forceinline__ int warp_id() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
+
 /// A warp's 16 rows of M from those of K: (i, j) with a decay from j to i. Only what is left of the
 /// end of the diagonal block of 16 columns is written.
 template <class T>
 __device__ __forceinline__ void mix_tokens(T* mixed, const float (&product)[kChunk / 8][4],
                                            const StepTable& table) {
   const int lane = recomputed(lane_id());
-  const int row_block = static_cast<int>(threadIdx.x) / kWarpSize % kUnitWarps;
+  const int row_block = warp_id() % kUnitWarps;
   const int i = row_block * 16 + lane / 4;
   const float decay[2] = {table.decay_step[i].x, table.decay_step[i + 8].x};
   const int resets[2] = {table.resets[i], table.resets[i + 8]};
   const bool any_resets = table.last_resets > 0;
 #pragma unroll
-  for (int tile = 0; tile < kChunk / 8; ++tile) {
-    if (tile / 2 > row_block) break;
-    const int j = tile * 8 + lane % 4 * 2;
-    const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
-    float decays[2][2];  // rows i and i + 8, columns j and j + 1
+  for (int block = 0; block < kChunk / 16; ++block) {
+    if (block > row_block) break;
+    float m[2][2][2];  // tiles of 8 columns, rows i and i + 8, columns j and j + 1
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      decays[k][0] = decay[k] - pair.x;
-      decays[k][1] = decay[k] - pair.z;
-    }
-    if (any_resets || tile / 2 == row_block) {
-      constexpr float kNever = -1e30f;  // a power of two that is 0
+    for (int tile = 0; tile < 2; ++tile) {
+      const int j = block * 16 + tile * 8 + lane % 4 * 2;
+      const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
+        m[tile][k][0] = fast_exp2(decay[k] - pair.x) * pair.y;
+        m[tile][k][1] = fast_exp2(decay[k] - pair.z) * pair.w;
+      }
+    }
+    if (any_resets || block == row_block) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const bool sees = j + m <= i + 8 * k && table.resets[j + m] == resets[k];
-          if (!sees) decays[k][m] = kNever;
-        }
+      for (int i8 = 0; i8 < 8; ++i8) {
+        const int tile = i8 / 4, k = i8 / 2 % 2, one = i8 % 2;
+        const int j = block * 16 + tile * 8 + lane % 4 * 2 + one;
+        if (j > i + 8 * k || table.resets[j] != resets[k]) m[tile][k][one] = 0;
       }
     }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      *reinterpret_cast<uint32_t*>(mixed + tile_at<kChunk>(i + 8 * k, j)) =
-          round_pair<T>(product[tile][2 * k] * (fast_exp2(decays[k][0]) * pair.y),
-                        product[tile][2 * k + 1] * (fast_exp2(decays[k][1]) * pair.w));
+    for (int i4 = 0; i4 < 4; ++i4) {
+      const int tile = i4 / 2, k = i4 % 2;
+      const float* const own = &product[2 * block + tile][2 * k];
+      const int at = tile_at<kChunk>(i + 8 * k, block * 16 + tile * 8 + lane % 4 * 2);
+      *reinterpret_cast<uint32_t*>(mixed + at) =
+          round_pair<T>(own[0] * m[tile][k][0], own[1] * m[tile][k][1]);
     }
   }
 }
@@ -387,7 +410,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Layout& shared = *reinterpret_cast<Layout*>(shared_bytes);
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_id();
 
   const int unit_block = blockIdx.x % plan.unit_blocks;
   const int group = blockIdx.x / plan.unit_blocks % static_cast<int>(p.ngroups);
@@ -415,7 +438,8 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       unit.x = first(p.x, head, panel);
       unit.z = first(p.z, head, panel);
       unit.out = first(p.out, head, panel);
-      unit.rule = StepRule<float>(p, head);
+      unit.steps = static_cast<const StepTable*>(plan.steps) +
+                   int64_t{slot} * (plan.segments.length / kChunk) * p.nheads + head;
       unit.head = head;
       unit.panel = panel;
       unit.channels =
@@ -435,13 +459,12 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   }
   __syncthreads();
 
-  // By the warp of the unit that has the least to do in mix_tokens.
-  const auto prepare_steps = [&](int buffer, int t) {
-    if (warp % kUnitWarps != 0) return;
-    const Segment& in = work.segment;
-    ChunkTokens<float> tokens;
-    tokens.load(p, in.row, unit.head, in.begin + t, in.end);
-    shared.steps[buffer][own].fill(ChunkSteps<float>(unit.rule, tokens, p.dt.dtype));
+  const auto copy_steps = [&](int buffer, int t) {
+    constexpr int kVectors = sizeof(StepTable) / 16;
+    const int thread = recomputed(static_cast<int>(threadIdx.x)) % (kUnitWarps * kWarpSize);
+    if (thread >= kVectors) return;
+    copy_async(reinterpret_cast<Pack<float, 4>*>(&shared.steps[buffer][own]) + thread,
+               reinterpret_cast<const float*>(unit.steps + t / kChunk * p.nheads) + 4 * thread);
   };
   const auto copy_B = [&](int matrix, int t) {
     copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.B, p.B, p.dstate, t, work);
@@ -456,7 +479,10 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   int this_C = 0, this_B = 1, next_C = 2;  // matrices
   int buffer = 0;                          // of steps
   if (!states_only) copy_C(this_C, 0);
-  copy_B(this_B, 0);
+  if (work.count > 0) {
+    copy_B(this_B, 0);
+    copy_steps(buffer, 0);
+  }
   commit_copies();
   copy_x(0);
   commit_copies();
@@ -471,7 +497,6 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   for (int i = threadIdx.x; i < kUnits * Layout::kTile; i += Layout::kThreads) {
     shared.mixed[0][i] = from_accumulate<T>(0.0f);
   }
-  prepare_steps(0, 0);
 
 #pragma unroll 1
   for (int begin = 0; begin < work.count; begin += kChunk) {
@@ -490,9 +515,9 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       } else {
         copy_C(next_C, next);
       }
+      copy_steps(1 - buffer, next);
     }
     commit_copies();
-    prepare_steps(1 - buffer, next);
 
     uint32_t x_operand[4][4];
     if (!states_only) {
@@ -960,6 +985,7 @@ struct ChunkForward {
   using Layout = BlockLayout<T, kUnits, kStates>;
   ForwardPlan plan{};
   VectorRows<T> inputs[4];
+  int64_t tables;  // of steps
   size_t workspace_size;
 
   static bool fits() {
@@ -984,6 +1010,8 @@ struct ChunkForward {
     plan.segments = choose_segments(p, p.ngroups * plan.unit_blocks, cost);
     Workspace workspace(base);
     take_states<float>(workspace, p, plan);
+    tables = plan.segments.slots * (plan.segments.length / kChunk) * p.nheads;
+    plan.steps = workspace.take<StepTable>(tables);
     for (VectorRows<T>& input : inputs) input.take(workspace, p);
     workspace_size = workspace.size();
   }
@@ -991,6 +1019,9 @@ struct ChunkForward {
   void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
     SsdChunkScanParams q = p;
     for (const VectorRows<T>& input : inputs) input.use(q, stream);
+    constexpr int kThreads = 256;
+    launch_shared(make_step_tables<float>, ceil_div(tables * kWarpSize, kThreads), kThreads, 0,
+                  stream, q, plan);
     launch_segments<float>(forward_chunks<T, kUnits, kStates>, q, plan,
                            plan.segments.slots * p.ngroups * plan.unit_blocks, Layout::kThreads,
                            stream);
