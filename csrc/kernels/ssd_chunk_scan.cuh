@@ -443,6 +443,11 @@ __device__ __forceinline__ uint64_t describe_tile(const void* start, int step, i
          uint64_t{static_cast<uint32_t>(panel) >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 
+/// The same, `elements` 16-bit elements further on.
+__device__ __forceinline__ uint64_t advance_tile(uint64_t tile, int elements) {
+  return tile + elements * 2 / 16;
+}
+
 #define MAMBA_SSM_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
 
 /// d = A B, or d += A B, with A (64, 16) and B^T (64, 16) in tiles.
@@ -561,12 +566,13 @@ constexpr int kChunkPanel = kChunk * kPanel * 2;  // bytes of 64 columns of a ti
 template <int kColumns, class T>
 __device__ __forceinline__ void multiply_tiles(float (&d)[kChunk / 8][4], const T* P, const T* Q) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t p = describe_tile(P, kRowGroup, 0);
+  const uint64_t q = describe_tile(Q, kRowGroup, 0);
   begin_products();
 #pragma unroll
   for (int k = 0; k < kColumns; k += 16) {
     const int at = k / kPanel * kChunk * kPanel + k % kPanel;
-    multiply_async<T>(d, describe_tile(P + at, kRowGroup, 0), describe_tile(Q + at, kRowGroup, 0),
-                      k > 0);
+    multiply_async<T>(d, advance_tile(p, at), advance_tile(q, at), k > 0);
   }
   end_products(d);
 #else
@@ -596,12 +602,13 @@ __device__ __forceinline__ void multiply_transposed(float (&d)[kChunk / 8][4],
                                                     const uint32_t (&a)[kSteps][4], const T* Q,
                                                     int first) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t q = describe_tile(Q, kRowGroup, 0);
   begin_products();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     const int column = first + 16 * k;
     const int at = column / kPanel * kChunk * kPanel + column % kPanel;
-    multiply_async<T, 0>(d, a[k], describe_tile(Q + at, kRowGroup, 0));
+    multiply_async<T, 0>(d, a[k], advance_tile(q, at));
   }
   end_products(d);
 #else
@@ -624,10 +631,11 @@ template <int kTiles, class T>
 __device__ __forceinline__ void multiply(float (&d)[kTiles][4], const uint32_t (&a)[kChunk / 16][4],
                                          const T* Q) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t q = describe_tile(Q, kRowGroup, kChunkPanel);
   begin_products();
 #pragma unroll
   for (int k = 0; k < kChunk / 16; ++k) {
-    multiply_async<T, 1>(d, a[k], describe_tile(Q + k * 16 * kPanel, kRowGroup, kChunkPanel));
+    multiply_async<T, 1>(d, a[k], advance_tile(q, k * 16 * kPanel));
   }
   end_products(d);
 #else

@@ -319,19 +319,27 @@ __device__ __forceinline__ void store_channels(const T* tile, T* first, const Vi
   const int lane = recomputed(lane_id());
   const int column = channel + lane % 2 * kTileVector;
   T* const to = first + (t + lane / 2) * v.stride[1] + column * v.stride[3];
+  constexpr int kPasses = 4;
+  const T* const from = tile + tile_at<kChunk>(lane / 2, column);
+  if (vectors) {
+    uint4 rows[kPasses];
 #pragma unroll
-  for (int pass = 0; pass < 4; ++pass) {
-    const int row = lane / 2 + pass * 16;
-    if (row >= count) break;
-    const T* const from = tile + tile_at<kChunk>(row, column);
-    T* const to_row = to + pass * 16 * v.stride[1];
-    if (vectors) {
-      if (column < channels) store_vector(to_row, load_vector(from));
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kTileVector && column + i < channels; ++i) {
-        to_row[i * v.stride[3]] = from[i];
+    for (int pass = 0; pass < kPasses; ++pass) {
+      rows[pass] = *reinterpret_cast<const uint4*>(from + pass * 16 * kPanel);
+    }
+    const int left = column < channels ? count - lane / 2 : 0;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (pass * 16 < left) {
+        __stcs(reinterpret_cast<uint4*>(to + pass * 16 * v.stride[1]), rows[pass]);
       }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int row = 0; lane / 2 + row < min(count, kChunk); row += 16) {
+    for (int i = 0; i < kTileVector && column + i < channels; ++i) {
+      to[row * v.stride[1] + i * v.stride[3]] = from[row * kPanel + i];
     }
   }
 }
@@ -610,18 +618,14 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
 
     const float passing = table.passing;
     left *= passing;
-    if (table.last_resets > 0) {
+    if (table.last_resets > 0) {  // whatever the state was, infinite too
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
+      for (int i = 0; i < kTiles; ++i) state[i][0] = state[i][1] = state[i][2] = state[i][3] = 0;
+    }
 #pragma unroll
-        for (int k = 0; k < 4; ++k) state[i][k] = 0;
-      }
-    } else {
+    for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) state[i][k] *= passing;
-      }
+      for (int k = 0; k < 4; ++k) state[i][k] *= passing;
     }
     const int l = recomputed(lane);
 #pragma unroll
