@@ -45,6 +45,7 @@ struct ForwardPlan {
   int panels;       // of a head: blocks of kUnitChannels (plain path: of its own size)
   int unit_blocks;  // per group (plain path: per head)
   size_t shared;    // bytes of dynamic shared memory of a block
+  double time;      // what its ForwardCost makes of it
   bool vector_out;  // rows of out are written in 16-byte vectors
   float* states;    // (slots, nheads, headdim, dstate) at the end of a segment; float64 with T
   float* decays;    // (slots, nheads): what is left there of the state before the segment
@@ -402,8 +403,8 @@ __device__ __forceinline__ void mix_tokens(T* mixed, const float (&product)[kChu
     for (int i4 = 0; i4 < 4; ++i4) {
       const int tile = i4 / 2, k = i4 % 2;
       const float* const own = &product[2 * block + tile][2 * k];
-      const int at = tile_at<kChunk>(i + 8 * k, block * 16 + tile * 8 + lane % 4 * 2);
-      *reinterpret_cast<uint32_t*>(mixed + at) =
+      const int at = tile_at<kChunk>(row_block * 16 + 8 * k, block * 16, lane / 4, tile);
+      *reinterpret_cast<uint32_t*>(mixed + at + lane % 4 * 2) =
           round_pair<T>(own[0] * m[tile][k][0], own[1] * m[tile][k][1]);
     }
   }
@@ -428,8 +429,8 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
 
   const int own = warp / kUnitWarps;                      // unit of the block
   const int channel = warp % kUnitWarps * kWarpChannels;  // of the warp, in its unit
-  T* const x_tile = shared.x[own];
-  T* const gate_tile = shared.gate[own];
+  T* x_tile = shared.x[own];
+  T* gate_tile = shared.gate[own];  // of the next x, without y
   auto& work = shared.work;
   auto& unit = work.units[own];
   if (warp % kUnitWarps == 0) {
@@ -480,8 +481,8 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
   const auto copy_C = [&](int matrix, int t) {
     copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.C, p.C, p.dstate, t, work);
   };
-  const auto copy_x = [&](int t) {
-    copy_channels(x_tile, unit.x, p.x, unit.channels, channel, t, work);
+  const auto copy_x = [&](T* tile, int t) {
+    copy_channels(tile, unit.x, p.x, unit.channels, channel, t, work);
   };
 
   int this_C = 0, this_B = 1, next_C = 2;  // matrices
@@ -492,7 +493,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
     copy_steps(buffer, 0);
   }
   commit_copies();
-  copy_x(0);
+  copy_x(x_tile, 0);
   commit_copies();
 
   float state[kTiles][4] = {};
@@ -520,6 +521,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
     if (next < work.count) {
       if (states_only) {
         copy_B(next_C, next);
+        copy_x(gate_tile, next);
       } else {
         copy_C(next_C, next);
       }
@@ -612,7 +614,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       store_channels(gate_tile, unit.out, p.out, plan.vector_out, unit.channels, channel, begin,
                      work.count - begin);
     } else {
-      wait_copies<1>();
+      wait_copies<2>();
       __syncwarp();  // x is there
     }
 
@@ -643,7 +645,13 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
     }
     multiply(state, x_operand, shared.matrices[this_B]);
     __syncwarp();  // x is read
-    if (next < work.count) copy_x(next);
+    if (states_only) {
+      T* const read = x_tile;
+      x_tile = gate_tile;
+      gate_tile = read;
+    } else if (next < work.count) {
+      copy_x(x_tile, next);
+    }
     commit_copies();
 
     // What was this chunk's B is free now; the next one's is where its C, or that of a chunk
@@ -897,10 +905,11 @@ __global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
 
 // ---- Host --------------------------------------------------------------------------------------
 
-/// How long a launch takes, for the choice of segments. A multiprocessor runs `resident` blocks at
-/// a time; such a round takes `latency` per chunk however many they are, and `work` per chunk and
+/// How long a launch takes, for the choice of a plan. A multiprocessor runs `resident` blocks at a
+/// time; such a round takes `latency` per chunk however many they are, and `work` per chunk and
 /// block. The kernel that finds the states at the ends of segments adds `first_pass` of that, and
-/// starting it and pass_states as much as `start` chunks do. In units of a lone block's chunk.
+/// starting it and pass_states `start`. In microseconds of an H100, where they were measured
+/// (November 2026); only their proportions matter.
 struct ForwardCost {
   int resident;
   double latency, work, first_pass, start;
@@ -909,7 +918,8 @@ struct ForwardCost {
 /// Cuts the sequences of a call, whose tokens take `blocks` blocks, into as many segments as the
 /// cost asks for. Sequences in cu_seqlens are cut as one long one would be, since their lengths are
 /// not known here: where they are shorter than a segment, nothing is cut, and there are many.
-Segments choose_segments(const SsdChunkScanParams& p, int64_t blocks, const ForwardCost& cost) {
+void choose_segments(ForwardPlan& plan, const SsdChunkScanParams& p, int64_t blocks,
+                     const ForwardCost& cost) {
   constexpr int64_t kMinChunks = 4;     // of a segment
   constexpr int64_t kMaxSegments = 64;  // states in the workspace
   const int64_t chunks = std::max<int64_t>(1, ceil_div(p.seqlen, kChunk));
@@ -930,7 +940,8 @@ Segments choose_segments(const SsdChunkScanParams& p, int64_t blocks, const Forw
       best_length = length;
     }
   }
-  return Segments::of_length(p, best_length * kChunk);
+  plan.segments = Segments::of_length(p, best_length * kChunk);
+  plan.time = best;
 }
 
 template <class Acc>
@@ -1009,9 +1020,13 @@ struct ChunkForward {
     plan.unit_blocks = static_cast<int>(ceil_div(p.nheads / p.ngroups * plan.panels, kUnits));
     plan.shared = sizeof(Layout);
     plan.vector_out = p.headdim % kTileVector == 0 && has_vector_rows<T>(p.out);
-    const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)), 0.5,
-                           0.5, 0.4, 3};
-    plan.segments = choose_segments(p, p.ngroups * plan.unit_blocks, cost);
+    constexpr double kLatency = kUnits == 2      ? kStates == 128 ? 1.9 : 1.7
+                                : kStates == 128 ? 1.6
+                                                 : 1.35;
+    constexpr double kWork = kUnits == 2 ? kStates == 128 ? 3.1 : 2.1 : kStates == 128 ? 1.8 : 1.6;
+    const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)),
+                           kLatency, kWork, 0.5, 8};
+    choose_segments(plan, p, p.ngroups * plan.unit_blocks, cost);
     Workspace workspace(base);
     take_states<float>(workspace, p, plan);
     tables = plan.segments.slots * (plan.segments.length / kChunk) * p.nheads;
@@ -1041,8 +1056,8 @@ struct PlainForward {
 
   PlainForward(const SsdChunkScanParams& p, void* base) {
     plan.panels = static_cast<int>(std::max<int64_t>(1, ceil_div(p.headdim, Layout::kChannels)));
-    const ForwardCost cost{512 / Layout::kThreads, 0.5, 0.5, 0.7, 1};
-    plan.segments = choose_segments(p, p.nheads * plan.panels, cost);
+    const ForwardCost cost{512 / Layout::kThreads, 4, 4, 0.7, 8};
+    choose_segments(plan, p, p.nheads * plan.panels, cost);
     Workspace workspace(base);
     take_states<Acc>(workspace, p, plan);
     if (!std::is_same_v<T, Acc> && p.dstate > Layout::kStates) {
@@ -1066,27 +1081,32 @@ bool takes_chunk_path(const SsdChunkScanParams& p) {
          p.nheads <= kMaxSize && p.num_sequences <= kMaxSize;
 }
 
+/// Calls f with the plan of the tensor-core path that takes the least time, or with that of the
+/// plain path where the device's shared memory holds neither.
+template <class T, int kStates, class F>
+auto with_chunk_path(const SsdChunkScanParams& p, void* workspace, F f) {
+  using Single = ChunkForward<T, 1, kStates>;
+  using Pair = ChunkForward<T, 2, kStates>;
+  if (!Single::fits()) return f(PlainForward<T, 16>(p, workspace));
+  const Single single(p, workspace);
+  if (Pair::fits()) {
+    const Pair pair(p, workspace);
+    if (pair.plan.time < single.plan.time) return f(pair);
+  }
+  return f(single);
+}
+
 /// Calls f with the plan of the path that takes the call.
 template <class T, class F>
 auto with_forward(const SsdChunkScanParams& p, void* workspace, F f) {
   if constexpr (sizeof(T) == 2) {
     if (takes_chunk_path<T>(p)) {
-      const int64_t units = p.nheads / p.ngroups * ceil_div(p.headdim, kUnitChannels);
-      const bool pairs = units % 2 == 0 || units > 8;  // few blocks with an idle half
-      if (p.dstate <= 64) {
-        if (pairs && ChunkForward<T, 2, 64>::fits()) return f(ChunkForward<T, 2, 64>(p, workspace));
-        if (ChunkForward<T, 1, 64>::fits()) return f(ChunkForward<T, 1, 64>(p, workspace));
-      } else {
-        if (pairs && ChunkForward<T, 2, 128>::fits()) {
-          return f(ChunkForward<T, 2, 128>(p, workspace));
-        }
-        if (ChunkForward<T, 1, 128>::fits()) return f(ChunkForward<T, 1, 128>(p, workspace));
-      }
+      return p.dstate <= 64 ? with_chunk_path<T, 64>(p, workspace, f)
+                            : with_chunk_path<T, 128>(p, workspace, f);
     }
   }
-  if (p.dstate <= PlainLayout<Accumulate<T>, 8>::kStates)
-    return f(PlainForward<T, 8>(p, workspace));
-  return f(PlainForward<T, 16>(p, workspace));
+  return p.dstate <= PlainLayout<Accumulate<T>, 8>::kStates ? f(PlainForward<T, 8>(p, workspace))
+                                                            : f(PlainForward<T, 16>(p, workspace));
 }
 
 bool is_empty(const SsdChunkScanParams& p) {
