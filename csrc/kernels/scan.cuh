@@ -47,10 +47,6 @@ __device__ __forceinline__ int recomputed(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-__device__ __forceinline__ float recomputed(float x) {
-  asm volatile("" : "+f"(x));
-  return x;
-}
 
 // ---- Host ----------------------------------------------------------------------------------------
 

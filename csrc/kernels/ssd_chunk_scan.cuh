@@ -427,4 +427,249 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
   return make_float2(pair[0], pair[1]);
 }
 
+// ---- Products of a unit ------------------------------------------------------------------------
+//
+// Four neighboring warps, the first of which has a number that four divides, own 16 of 64 rows of
+// each accumulator: d[t] is the D above of columns 8t .. 8t + 7. Operands A in registers are those
+// rows of A in steps of 16 columns; tiles start on 1024-byte boundaries.
+//
+// Where the code is made for sm_90a the four warps multiply together (wgmma), with the operand B,
+// or both, read from tiles by the tensor cores themselves. Tiles have the layout which that calls
+// the 128-byte swizzle. What was written to them needs publish_tiles() before the barrier that
+// shows it to the readers. Elsewhere every warp multiplies for itself.
+
+/// Writes of this thread to tiles, asynchronous ones that it has waited for included, become
+/// visible to multiplications after the next barrier.
+__device__ __forceinline__ void publish_tiles() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// Barrier of the four warps of unit `unit`.
+__device__ __forceinline__ void sync_unit(int unit) {
+  asm volatile("bar.sync %0, 128;" ::"r"(unit + 1) : "memory");
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+/// Describes a tile from `start` on to wgmma: `step` bytes from 8 rows to the next 8, `panel` bytes
+/// from 64 columns to the next 64.
+__device__ __forceinline__ uint64_t describe_tile(const void* start, int step, int panel) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(start));
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{static_cast<uint32_t>(step) >> 4} << 32 |
+         uint64_t{static_cast<uint32_t>(panel) >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+
+/// The same, `elements` 16-bit elements further on.
+__device__ __forceinline__ uint64_t advance_tile(uint64_t tile, int elements) {
+  return tile + elements * 2 / 16;
+}
+
+#define MAMBA_SSM_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
+
+/// d = A B, or d += A B, with A (64, 16) and B^T (64, 16) in tiles.
+template <class T>
+__device__ __forceinline__ void multiply_async(float (&d)[8][4], uint64_t a, uint64_t b,
+                                               bool accumulate) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile(
+        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %34, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, accumulate, 1, 1, 0, 0; }"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else {
+    asm volatile(
+        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %34, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, accumulate, 1, 1, 0, 0; }"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+}
+
+/// d += A B, A (64, 16) in registers, B (16, 64) in a tile; with kTransposed, its rows are those of
+/// B.
+template <class T, int kTransposed>
+__device__ __forceinline__ void multiply_async(float (&d)[8][4], const uint32_t (&a)[4],
+                                               uint64_t b) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  }
+}
+
+/// d += A B, A (64, 16) in registers, B (16, 128) in a tile; with kTransposed, its rows are those
+/// of B.
+template <class T, int kTransposed>
+__device__ __forceinline__ void multiply_async(float (&d)[16][4], const uint32_t (&a)[4],
+                                               uint64_t b) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7),
+          MAMBA_SSM_TILE(8), MAMBA_SSM_TILE(9), MAMBA_SSM_TILE(10), MAMBA_SSM_TILE(11),
+          MAMBA_SSM_TILE(12), MAMBA_SSM_TILE(13), MAMBA_SSM_TILE(14), MAMBA_SSM_TILE(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7),
+          MAMBA_SSM_TILE(8), MAMBA_SSM_TILE(9), MAMBA_SSM_TILE(10), MAMBA_SSM_TILE(11),
+          MAMBA_SSM_TILE(12), MAMBA_SSM_TILE(13), MAMBA_SSM_TILE(14), MAMBA_SSM_TILE(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  }
+}
+
+#undef MAMBA_SSM_TILE
+
+/// Before the first of several asynchronous products: their registers are as they should be.
+__device__ __forceinline__ void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+/// Waits for them; d is what they added to.
+template <int kTiles>
+__device__ __forceinline__ void end_products(float (&d)[kTiles][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[t][i])::"memory");
+  }
+}
+
+#endif
+
+constexpr int kRowGroup = 8 * kPanel * 2;         // bytes of 8 rows of a tile
+constexpr int kChunkPanel = kChunk * kPanel * 2;  // bytes of 64 columns of a tile of kChunk rows
+
+/// d = P Q^T for tiles P and Q of (kChunk, kColumns). Without wgmma only its lower triangle, in
+/// blocks of 16.
+template <int kColumns, class T>
+__device__ __forceinline__ void multiply_tiles(float (&d)[kChunk / 8][4], const T* P, const T* Q) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t p = describe_tile(P, kRowGroup, 0);
+  const uint64_t q = describe_tile(Q, kRowGroup, 0);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kColumns; k += 16) {
+    const int at = k / kPanel * kChunk * kPanel + k % kPanel;
+    multiply_async<T>(d, advance_tile(p, at), advance_tile(q, at), k > 0);
+  }
+  end_products(d);
+#else
+  const int row = static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
+#pragma unroll
+  for (int t = 0; t < kChunk / 8; ++t) d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0;
+#pragma unroll
+  for (int k = 0; k < kColumns; k += 16) {
+    uint32_t a[4];
+    load_a<kChunk>(a, P, row, k);
+#pragma unroll
+    for (int column = 0; column < kChunk; column += 16) {
+      if (column > row) break;
+      uint32_t b[4];
+      load_b_transposed<kChunk>(b, Q, column, k);
+      multiply_add<T>(d[column / 8], a, b[0], b[1]);
+      multiply_add<T>(d[column / 8 + 1], a, b[2], b[3]);
+    }
+  }
+#endif
+}
+
+/// d += A Q^T for A (64, 16 * kSteps) in registers and Q[.., first ..] of a tile of kChunk rows.
+/// With kLower, Q is zero right of its diagonal blocks of 16.
+template <bool kLower, int kSteps, class T>
+__device__ __forceinline__ void multiply_transposed(float (&d)[kChunk / 8][4],
+                                                    const uint32_t (&a)[kSteps][4], const T* Q,
+                                                    int first) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t q = describe_tile(Q, kRowGroup, 0);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const int column = first + 16 * k;
+    const int at = column / kPanel * kChunk * kPanel + column % kPanel;
+    multiply_async<T, 0>(d, a[k], advance_tile(q, at));
+  }
+  end_products(d);
+#else
+  const int lane = recomputed(lane_id());
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int row = kLower ? 16 * k : 0; row < kChunk; row += 16) {
+      uint32_t b[4];
+      load_b_transposed<kChunk>(b, Q, row, first + 16 * k, lane);
+      multiply_add<T>(d[row / 8], a[k], b[0], b[1]);
+      multiply_add<T>(d[row / 8 + 1], a[k], b[2], b[3]);
+    }
+  }
+#endif
+}
+
+/// d += A Q for A (64, kChunk) in registers and a tile Q of (kChunk, 8 * kTiles).
+template <int kTiles, class T>
+__device__ __forceinline__ void multiply(float (&d)[kTiles][4], const uint32_t (&a)[kChunk / 16][4],
+                                         const T* Q) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t q = describe_tile(Q, kRowGroup, kChunkPanel);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    multiply_async<T, 1>(d, a[k], advance_tile(q, k * 16 * kPanel));
+  }
+  end_products(d);
+#else
+  const int lane = recomputed(lane_id());
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+#pragma unroll
+    for (int column = 0; column < 8 * kTiles; column += 16) {
+      uint32_t b[4];
+      load_b<kChunk>(b, Q, k * 16, column, lane);
+      multiply_add<T>(d[column / 8], a[k], b[0], b[1]);
+      multiply_add<T>(d[column / 8 + 1], a[k], b[2], b[3]);
+    }
+  }
+#endif
+}
+
 }  // namespace mamba_ssm::kernels

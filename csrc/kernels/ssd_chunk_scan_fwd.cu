@@ -16,8 +16,8 @@
 //
 //   matrices  3 of (64 tokens, states): C and B of this chunk, C of the next. B of the next chunk
 //             arrives in the buffer of this chunk's C once all warps are done with it.
-//   x         2 of (64 tokens, 64 channels) per unit: this chunk and the next. x is read into
-//             registers at once, and its place taken by z, then by out on its way to memory.
+//   x         (64 tokens, 64 channels) per unit, needed late in a chunk
+//   gate      the same of z, then of out on its way to memory
 //   M         (64, 64) per unit
 //   steps     2 StepTables per unit: this chunk and the next
 //
@@ -45,9 +45,11 @@ struct ForwardPlan {
   int panels;       // of a head: blocks of kUnitChannels (plain path: of its own size)
   int unit_blocks;  // per group (plain path: per head)
   size_t shared;    // bytes of dynamic shared memory of a block
-  bool vector_x, vector_B, vector_C, vector_z, vector_out;
+  double time;      // what its ForwardCost makes of it
+  bool vector_out;  // rows of out are written in 16-byte vectors
   float* states;    // (slots, nheads, headdim, dstate) at the end of a segment; float64 with T
   float* decays;    // (slots, nheads): what is left there of the state before the segment
+  void* steps;      // (slots, chunks, nheads) StepTables; tensor-core path
   float* partials;  // (batch, seqlen, nheads, headdim): y of a 16-bit T so far; plain path
 };
 
@@ -148,23 +150,60 @@ struct alignas(16) StepTable {
   int resets[kChunk];
   float passing;  // what is left after the chunk of the state before it
   int last_resets;
+};
 
-  /// By one warp.
-  __device__ __forceinline__ void fill(const ChunkSteps<float>& steps) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = 2 * lane + i;
-      decay_step[t] = make_float2(steps.decay[i], steps.step[i]);
-      entering[t] = steps.entering(i);
-      leaving[t] = steps.step[i] * steps.leaving(i);
-      resets[t] = steps.resets[i];
-    }
-    if (lane == 0) {
-      passing = steps.passing();
-      last_resets = steps.last_resets;
-    }
+/// The step tables of all chunks, (slots, chunks of a segment, nheads), one warp each.
+template <class Acc>
+__global__ void __launch_bounds__(256)
+    make_step_tables(const SsdChunkScanParams p, const ForwardPlan plan) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
+  const int64_t chunks = plan.segments.length / kChunk;
+  const int64_t head = i % p.nheads;
+  const int64_t slot = i / p.nheads / chunks;
+  if (slot >= plan.segments.slots) return;
+  const Segment segment = segment_of(p, plan.segments, slot);
+  const int64_t begin = segment.begin + i / p.nheads % chunks * kChunk;
+  if (!segment.exists || begin >= segment.end) return;
+  ChunkTokens<Acc> tokens;
+  tokens.load(p, segment.row, head, begin, segment.end);
+  const ChunkSteps<Acc> steps(StepRule<Acc>(p, head), tokens, p.dt.dtype);
+  StepTable& table = static_cast<StepTable*>(plan.steps)[i];
+  const auto pair = [lane](auto* values, auto first, auto second) {
+    values[2 * lane] = first;
+    values[2 * lane + 1] = second;
+  };
+  reinterpret_cast<float4*>(table.decay_step)[lane] =
+      make_float4(steps.decay[0], steps.step[0], steps.decay[1], steps.step[1]);
+  pair(table.entering, steps.entering(0), steps.entering(1));
+  pair(table.leaving, steps.step[0] * steps.leaving(0), steps.step[1] * steps.leaving(1));
+  pair(table.resets, steps.resets[0], steps.resets[1]);
+  if (lane == 0) {
+    table.passing = steps.passing();
+    table.last_resets = steps.last_resets;
   }
+}
+
+/// What a block works on, for all of its warps: in shared memory, since registers are short.
+template <class T, int kUnits>
+struct BlockWork {
+  Segment segment;
+  int64_t slot;
+  const uint8_t* marks;  // of the segment's tokens; null without marks
+  int count;             // tokens of the segment
+  // The first token of the segment in the tensors of the same names, the first channel of the unit.
+  const T* B;
+  const T* C;
+  struct Unit {
+    const T* x;
+    const T* z;
+    T* out;
+    const StepTable* steps;
+    int head;
+    int panel;     // first channel
+    int channels;  // 0 where the last block has one unit only
+    float D[kUnitChannels];
+  } units[kUnits];
 };
 
 /// Shared memory and threads of a block of kUnits units with kStates states.
@@ -179,146 +218,194 @@ struct BlockLayout {
   static constexpr int kTile = kChunk * kUnitChannels;
 
   T matrices[3][kMatrix];
-  T x[2][kUnits][kTile];
+  T x[kUnits][kTile];
+  T gate[kUnits][kTile];   // z, then out
   T mixed[kUnits][kTile];  // M
   StepTable steps[2][kUnits];
+  BlockWork<T, kUnits> work;
 };
 
-/// Whether tokens take part: not behind the end, not padding.
-struct TokenFilter {
-  const uint8_t* marks;  // of the row, or null
-  int64_t end;
-  __device__ bool operator()(int64_t t) const {
-    return t < end && (marks == nullptr || marks[t] != kPadding);
-  }
-};
-
-/// Chunk `begin` .. of a matrix into a buffer of (64, kStates), by all threads of the block.
-template <int kStates, int kThreads, class T>
-__device__ __forceinline__ void copy_matrix(T* buffer, const MatrixView<const T>& m, int64_t begin,
-                                            const TokenFilter& filter) {
-  constexpr int kVectors = kStates / kTileVector;
+/// Copies rows t .. t + 64 of a matrix, counted from its first, to a tile: one vector in each of
+/// several passes. Rows of tokens behind the end and of padding are zero in the tile.
+template <int kPassRows, class T, class Work>
+__device__ __forceinline__ void copy_chunk(T* tile, const T* first, int64_t row_stride, int t,
+                                           int row, int column, bool has_column, const Work& work) {
+  static_assert(kPassRows % 8 == 0);  // the permutation in a tile is the same in every pass
+  T* const to = tile + tile_at<kChunk>(row, column);
+  const T* const from = first + (t + row) * row_stride + column;
+  const uint8_t* const marks = work.marks;
+  const int left = has_column ? work.count - t - row : 0;  // tokens
+  const auto copy = [&](int pass, bool there) {
+    copy_async(reinterpret_cast<Pack<T, kTileVector>*>(to + pass * kPassRows * kPanel),
+               from + pass * kPassRows * row_stride, there);
+  };
+  if (marks == nullptr) {
 #pragma unroll
-  for (int i = 0; i < kChunk * kVectors / kThreads; ++i) {
-    const int at = i * kThreads + threadIdx.x;
-    const int row = at / kVectors;
-    const int column = at % kVectors * kTileVector;
-    copy_tile_vector(buffer + tile_at<kChunk>(row, column), m, begin + row, column,
-                     filter(begin + row));
-  }
-}
-
-constexpr int kWarpVectors = kChunk * kWarpChannels / kTileVector;  // of a warp's channels
-
-/// Chunk `begin` .. of a warp's 16 channels into their columns of a tile.
-template <class T>
-__device__ __forceinline__ void copy_channels(T* tile, const MatrixView<const T>& m, int64_t begin,
-                                              int channel, const TokenFilter& filter) {
+    for (int pass = 0; pass < kChunk / kPassRows; ++pass) copy(pass, pass * kPassRows < left);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kWarpVectors / kWarpSize; ++i) {
-    const int at = i * kWarpSize + threadIdx.x % kWarpSize;
-    const int row = at / 2;
-    const int column = channel + at % 2 * kTileVector;
-    copy_tile_vector(tile + tile_at<kChunk>(row, column), m, begin + row, column,
-                     filter(begin + row));
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_channels(const T* tile, const MatrixView<T>& m, int64_t begin,
-                                               int64_t end, int channel) {
-#pragma unroll
-  for (int i = 0; i < kWarpVectors / kWarpSize; ++i) {
-    const int at = i * kWarpSize + threadIdx.x % kWarpSize;
-    const int row = at / 2;
-    const int column = channel + at % 2 * kTileVector;
-    if (begin + row < end) {
-      store_tile_vector(tile + tile_at<kChunk>(row, column), m, begin + row, column);
+    for (int pass = 0; pass < kChunk / kPassRows; ++pass) {
+      copy(pass, pass * kPassRows < left && marks[t + row + pass * kPassRows] != kPadding);
     }
   }
 }
 
-/// The accumulators of a warp, (16 channels, 8 * kTiles states): calls f(accumulator, channel,
-/// state) for each that exists.
+/// Chunk t .. of B or C, by all threads of the block.
+template <int kStates, int kThreads, class T, class Work>
+__device__ __forceinline__ void copy_matrix(T* tile, const T* first, const View<4>& v,
+                                            int64_t dstate, int t, const Work& work) {
+  constexpr int kVectors = kStates / kTileVector;
+  const int thread = recomputed(static_cast<int>(threadIdx.x));
+  const int column = thread % kVectors * kTileVector;
+  copy_chunk<kThreads / kVectors>(tile, first, v.stride[1], t, thread / kVectors, column,
+                                  column < dstate, work);
+}
+
+/// Chunk t .. of x or z, by a warp for its 16 channels.
+template <class T, class Work>
+__device__ __forceinline__ void copy_channels(T* tile, const T* first, const View<4>& v,
+                                              int channels, int channel, int t, const Work& work) {
+  const int lane = recomputed(lane_id());
+  const int column = channel + lane % 2 * kTileVector;
+  copy_chunk<kWarpSize / 2>(tile, first, v.stride[1], t, lane / 2, column, column < channels, work);
+}
+
+/// Calls f(accumulator, channel, state) for every accumulator of a warp, (16 channels, 8 * kTiles
+/// states), that exists.
 template <int kTiles, class F>
 __device__ __forceinline__ void for_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
-                                           int64_t channel, F f) {
+                                           int channel, F f) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int i = 0; i < 2; ++i) {
+    const int c = channel + lane / 4 + 8 * i;
+    if (c >= p.headdim) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t c = channel + lane / 4 + i / 2 * 8;
-      const int64_t n = tile * 8 + lane % 4 * 2 + i % 2;
-      if (c < p.headdim && n < p.dstate) f(state[tile][i], c, n);
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int n = tile * 8 + lane % 4 * 2 + k;
+        if (n < p.dstate) f(state[tile][2 * i + k], c, n);
+      }
     }
   }
 }
 
 template <class T, int kTiles>
 __device__ __forceinline__ void load_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
-                                            const StateView& v, int64_t channel) {
+                                            const StateView& v, int channel) {
   if (v.data == nullptr) return;
   if (v.dtype == DType::kFloat32) {
-    for_states(state, p, channel, [&](float& s, int64_t c, int64_t n) {
-      s = static_cast<const float*>(v.data)[v.at(c, n)];
-    });
+    for_states(state, p, channel,
+               [&](float& s, int c, int n) { s = static_cast<const float*>(v.data)[v.at(c, n)]; });
   } else {
-    for_states(state, p, channel, [&](float& s, int64_t c, int64_t n) {
+    for_states(state, p, channel, [&](float& s, int c, int n) {
       s = to_accumulate(static_cast<const T*>(v.data)[v.at(c, n)]);
     });
   }
 }
 
-/// M of every unit from K = C B^T. A warp makes 16 rows; with two units, 32 columns of them.
-template <class T, int kUnits, int kStates>
-__device__ __forceinline__ void mix_tokens(BlockLayout<T, kUnits, kStates>& shared, const T* C,
-                                           const T* B, const StepTable* steps) {
-  constexpr int kBlocks = kChunk / 16 / kUnits;  // of 16 columns
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int row_block = warp % kUnitWarps;
-  const int first_block = warp / kUnitWarps * kBlocks;
-  if (first_block > row_block) return;
-  float product[2 * kBlocks][4] = {};
+template <int kTiles>
+__device__ __forceinline__ void store_states(float (&state)[kTiles][4], const SsdChunkScanParams& p,
+                                             const StateView& v, int channel) {
+  for_states(state, p, channel,
+             [&](float& s, int c, int n) { static_cast<float*>(v.data)[v.at(c, n)] = s; });
+}
+
+/// The first `count` tokens of a chunk, a warp's 16 channels of them, from a tile to out.
+template <class T>
+__device__ __forceinline__ void store_channels(const T* tile, T* first, const View<4>& v,
+                                               bool vectors, int channels, int channel, int t,
+                                               int count) {
+  const int lane = recomputed(lane_id());
+  const int column = channel + lane % 2 * kTileVector;
+  T* const to = first + (t + lane / 2) * v.stride[1] + column * v.stride[3];
+  constexpr int kPasses = 4;
+  const T* const from = tile + tile_at<kChunk>(lane / 2, column);
+  if (vectors) {
+    uint4 rows[kPasses];
 #pragma unroll
-  for (int n = 0; n < kStates; n += 16) {
-    uint32_t a[4];
-    load_a<kChunk>(a, C, row_block * 16, n);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      rows[pass] = *reinterpret_cast<const uint4*>(from + pass * 16 * kPanel);
+    }
+    const int left = column < channels ? count - lane / 2 : 0;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      if (first_block + block > row_block) break;
-      uint32_t b[4];
-      load_b_transposed<kChunk>(b, B, (first_block + block) * 16, n);
-      multiply_add<T>(product[2 * block], a, b[0], b[1]);
-      multiply_add<T>(product[2 * block + 1], a, b[2], b[3]);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (pass * 16 < left) {
+        __stcs(reinterpret_cast<uint4*>(to + pass * 16 * v.stride[1]), rows[pass]);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int row = 0; lane / 2 + row < min(count, kChunk); row += 16) {
+    for (int i = 0; i < kTileVector && column + i < channels; ++i) {
+      to[row * v.stride[1] + i * v.stride[3]] = from[row * kPanel + i];
     }
   }
+}
+
+/// Row by row, `to` of (batch, seqlen, heads, pitch) from the columns of v, zeros behind them.
+template <class T>
+__global__ void copy_rows(const View<4> v, T* to, int64_t size, int64_t seqlen, int64_t heads,
+                          int64_t columns, int64_t pitch) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= size) return;
+  const int64_t column = i % pitch;
+  const int64_t head = i / pitch % heads;
+  const int64_t t = i / pitch / heads % seqlen;
+  const int64_t b = i / pitch / heads / seqlen;
+  to[i] = column < columns
+              ? static_cast<const T*>(v.data)[b * v.stride[0] + t * v.stride[1] +
+                                              head * v.stride[2] + column * v.stride[3]]
+              : from_accumulate<T>(0.0f);
+}
+
+/// The number of the warp, known to the compiler to be that for all of its lanes.
+__device__ __forceinline__ int warp_id() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
+
+/// A warp's 16 rows of M from those of K: (i, j) with a decay from j to i. Only what is left of the
+/// end of the diagonal block of 16 columns is written.
+template <class T>
+__device__ __forceinline__ void mix_tokens(T* mixed, const float (&product)[kChunk / 8][4],
+                                           const StepTable& table) {
+  const int lane = recomputed(lane_id());
+  const int row_block = warp_id() % kUnitWarps;
   const int i = row_block * 16 + lane / 4;
+  const float decay[2] = {table.decay_step[i].x, table.decay_step[i + 8].x};
+  const int resets[2] = {table.resets[i], table.resets[i + 8]};
+  const bool any_resets = table.last_resets > 0;
 #pragma unroll
-  for (int unit = 0; unit < kUnits; ++unit) {
-    const StepTable& table = steps[unit];
-    const float decay[2] = {table.decay_step[i].x, table.decay_step[i + 8].x};
-    const int resets[2] = {table.resets[i], table.resets[i + 8]};
-    const bool any_resets = table.last_resets > 0;
+  for (int block = 0; block < kChunk / 16; ++block) {
+    if (block > row_block) break;
+    float m[2][2][2];  // tiles of 8 columns, rows i and i + 8, columns j and j + 1
 #pragma unroll
-    for (int tile = 0; tile < 2 * kBlocks; ++tile) {
-      if (first_block + tile / 2 > row_block) break;
-      const int j = first_block * 16 + tile * 8 + lane % 4 * 2;
+    for (int tile = 0; tile < 2; ++tile) {
+      const int j = block * 16 + tile * 8 + lane % 4 * 2;
       const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        bool sees[2] = {j <= i + 8 * k, j + 1 <= i + 8 * k};
-        if (any_resets) {
-          sees[0] &= table.resets[j] == resets[k];
-          sees[1] &= table.resets[j + 1] == resets[k];
-        }
-        constexpr float kNever = -1e30f;  // a power of two that is 0
-        const float m0 = fast_exp2(sees[0] ? decay[k] - pair.x : kNever) * pair.y;
-        const float m1 = fast_exp2(sees[1] ? decay[k] - pair.z : kNever) * pair.w;
-        *reinterpret_cast<uint32_t*>(shared.mixed[unit] + tile_at<kChunk>(i + 8 * k, j)) =
-            round_pair<T>(product[tile][2 * k] * m0, product[tile][2 * k + 1] * m1);
+        m[tile][k][0] = fast_exp2(decay[k] - pair.x) * pair.y;
+        m[tile][k][1] = fast_exp2(decay[k] - pair.z) * pair.w;
       }
+    }
+    if (any_resets || block == row_block) {
+#pragma unroll
+      for (int i8 = 0; i8 < 8; ++i8) {
+        const int tile = i8 / 4, k = i8 / 2 % 2, one = i8 % 2;
+        const int j = block * 16 + tile * 8 + lane % 4 * 2 + one;
+        if (j > i + 8 * k || table.resets[j] != resets[k]) m[tile][k][one] = 0;
+      }
+    }
+#pragma unroll
+    for (int i4 = 0; i4 < 4; ++i4) {
+      const int tile = i4 / 2, k = i4 % 2;
+      const float* const own = &product[2 * block + tile][2 * k];
+      const int at = tile_at<kChunk>(row_block * 16 + 8 * k, block * 16, lane / 4, tile);
+      *reinterpret_cast<uint32_t*>(mixed + at + lane % 4 * 2) =
+          round_pair<T>(own[0] * m[tile][k][0], own[1] * m[tile][k][1]);
     }
   }
 }
@@ -329,237 +416,263 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
     forward_chunks(const SsdChunkScanParams p, const ForwardPlan plan, bool states_only) {
   using Layout = BlockLayout<T, kUnits, kStates>;
   constexpr int kTiles = kStates / 8;
-  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
   Layout& shared = *reinterpret_cast<Layout*>(shared_bytes);
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = warp_id();
 
-  const int64_t unit_block = blockIdx.x % plan.unit_blocks;
-  const int64_t group = blockIdx.x / plan.unit_blocks % p.ngroups;
-  const int64_t slot = blockIdx.x / plan.unit_blocks / p.ngroups;
+  const int unit_block = blockIdx.x % plan.unit_blocks;
+  const int group = blockIdx.x / plan.unit_blocks % static_cast<int>(p.ngroups);
+  const int slot = blockIdx.x / plan.unit_blocks / static_cast<int>(p.ngroups);
   const Segment segment = segment_of(p, plan.segments, slot);
   if (!segment.exists || (states_only && segment.last)) return;
 
-  const int64_t group_heads = p.nheads / p.ngroups;
-  const int64_t units = group_heads * plan.panels;
-  const auto head_of = [&](int64_t unit) {
-    return group * group_heads + min(unit, units - 1) / plan.panels;
-  };
-  const int own = warp / kUnitWarps;               // unit of the block
-  const int64_t unit = unit_block * kUnits + own;  // of the group
-  const bool exists = unit < units;                // the last block may have one only
-  const int64_t head = head_of(unit);
-  const int64_t panel = unit % plan.panels * kUnitChannels;  // first channel of the unit
-  const int channel = warp % kUnitWarps * kWarpChannels;     // of the warp, in its unit
-  const int row = lane / 4;                                  // channel of the lane; another 8 on
-
-  const TokenFilter filter{
-      p.marks == nullptr ? nullptr : p.marks + segment.row * p.seqlen,
-      segment.end,
-  };
-  const MatrixView<const T> B(p.B, plan.vector_B, segment.row, group, 0, p.dstate);
-  const MatrixView<const T> C(p.C, plan.vector_C, segment.row, group, 0, p.dstate);
-  const MatrixView<const T> x(p.x, plan.vector_x, segment.row, head, panel, p.headdim);
-
-  // The warps with the least to do in mix_tokens prepare the steps of the next chunk.
-  const int prepared = warp - (kUnits - 1) * kUnitWarps;  // unit
-  const bool prepares = prepared >= 0 && prepared < kUnits;
-  const int64_t prepared_head = head_of(unit_block * kUnits + max(prepared, 0));
-  const StepRule<float> rule(p, prepared_head);
-  ChunkTokens<float> tokens;
-  const auto load_tokens = [&](int64_t begin) {
-    if (prepares) tokens.load(p, segment.row, prepared_head, begin, segment.end);
-  };
-  const auto prepare_steps = [&](int buffer) {
-    if (prepares) {
-      shared.steps[buffer][prepared].fill(ChunkSteps<float>(rule, tokens, p.dt.dtype));
+  const int own = warp / kUnitWarps;                      // unit of the block
+  const int channel = warp % kUnitWarps * kWarpChannels;  // of the warp, in its unit
+  T* x_tile = shared.x[own];
+  T* gate_tile = shared.gate[own];  // of the next x, without y
+  auto& work = shared.work;
+  auto& unit = work.units[own];
+  if (warp % kUnitWarps == 0) {
+    const int group_heads = static_cast<int>(p.nheads / p.ngroups);
+    const int units = group_heads * plan.panels;
+    const int in_group = unit_block * kUnits + own;
+    const int head = group * group_heads + min(in_group, units - 1) / plan.panels;
+    const int panel = in_group % plan.panels * kUnitChannels;
+    const auto first = [&](const View<4>& v, int64_t i, int64_t column) {
+      return static_cast<T*>(v.data) + segment.row * v.stride[0] + segment.begin * v.stride[1] +
+             i * v.stride[2] + column * v.stride[3];
+    };
+    if (lane == 0) {
+      unit.x = first(p.x, head, panel);
+      unit.z = first(p.z, head, panel);
+      unit.out = first(p.out, head, panel);
+      unit.steps = static_cast<const StepTable*>(plan.steps) +
+                   int64_t{slot} * (plan.segments.length / kChunk) * p.nheads + head;
+      unit.head = head;
+      unit.panel = panel;
+      unit.channels =
+          in_group < units ? min(kUnitChannels, static_cast<int>(p.headdim) - panel) : 0;
+      work.segment = segment;
+      work.slot = slot;
+      work.marks = p.marks == nullptr ? nullptr : p.marks + segment.row * p.seqlen + segment.begin;
+      work.count = static_cast<int>(segment.end - segment.begin);
+      work.B = first(p.B, group, 0);
+      work.C = first(p.C, group, 0);
     }
-  };
-
-  float D[2] = {};
-  if (given(p.D)) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int64_t c = panel + channel + row + 8 * k;
-      if (c < p.headdim) {
-        D[k] = load_as<float>(p.D.data, p.D.dtype, head * p.D.stride[0] + c * p.D.stride[1]);
-      }
+    for (int c = lane; c < kUnitChannels; c += kWarpSize) {
+      const int64_t at = head * p.D.stride[0] + (panel + c) * p.D.stride[1];
+      const bool has = given(p.D) && panel + c < p.headdim;
+      unit.D[c] = has ? load_as<float>(p.D.data, p.D.dtype, at) : 0.0f;
     }
   }
-  float state[kTiles][4] = {};
-  if (!states_only) {
-    load_states<T>(state, p, state_before<float>(p, plan, segment, slot, head), panel + channel);
-  }
-  float left = 1;  // of the state before the segment
+  __syncthreads();
 
-  T* this_C = shared.matrices[0];
-  T* this_B = shared.matrices[1];
-  T* next_C = shared.matrices[2];
-  int buffer = 0;  // of x and steps
-  load_tokens(segment.begin);
-  if (segment.begin < segment.end) {
-    if (!states_only) copy_matrix<kStates, Layout::kThreads>(this_C, C, segment.begin, filter);
-    copy_matrix<kStates, Layout::kThreads>(this_B, B, segment.begin, filter);
-    copy_channels(shared.x[0][own], x, segment.begin, channel, filter);
+  const auto copy_steps = [&](int buffer, int t) {
+    constexpr int kVectors = sizeof(StepTable) / 16;
+    const int thread = recomputed(static_cast<int>(threadIdx.x)) % (kUnitWarps * kWarpSize);
+    if (thread >= kVectors) return;
+    copy_async(reinterpret_cast<Pack<float, 4>*>(&shared.steps[buffer][own]) + thread,
+               reinterpret_cast<const float*>(unit.steps + t / kChunk * p.nheads) + 4 * thread);
+  };
+  const auto copy_B = [&](int matrix, int t) {
+    copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.B, p.B, p.dstate, t, work);
+  };
+  const auto copy_C = [&](int matrix, int t) {
+    copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.C, p.C, p.dstate, t, work);
+  };
+  const auto copy_x = [&](T* tile, int t) {
+    copy_channels(tile, unit.x, p.x, unit.channels, channel, t, work);
+  };
+
+  int this_C = 0, this_B = 1, next_C = 2;  // matrices
+  int buffer = 0;                          // of steps
+  if (!states_only) copy_C(this_C, 0);
+  if (work.count > 0) {
+    copy_B(this_B, 0);
+    copy_steps(buffer, 0);
   }
   commit_copies();
-  prepare_steps(0);
+  copy_x(x_tile, 0);
+  commit_copies();
 
-  for (int64_t begin = segment.begin; begin < segment.end; begin += kChunk) {
-    const int64_t next = begin + kChunk;
-    T* const tile = shared.x[buffer][own];
+  float state[kTiles][4] = {};
+  if (!states_only) {
+    load_states<T>(state, p, state_before<float>(p, plan, segment, slot, unit.head),
+                   unit.panel + channel);
+  }
+  float left = 1;  // of the state before the segment
+  // M is multiplied as a whole where warps multiply together.
+  for (int i = threadIdx.x; i < kUnits * Layout::kTile; i += Layout::kThreads) {
+    shared.mixed[0][i] = from_accumulate<T>(0.0f);
+  }
+
+#pragma unroll 1
+  for (int begin = 0; begin < work.count; begin += kChunk) {
+    const int next = begin + kChunk;
     const StepTable& table = shared.steps[buffer][own];
-    load_tokens(next);
-    wait_copies<0>();
+    wait_copies<1>();
+    publish_tiles();
     __syncthreads();  // this chunk's C, B and steps are there; nobody is at the last chunk any more
+    if (given(p.z) && !states_only) {
+      copy_channels(gate_tile, unit.z, p.z, unit.channels, channel, begin, work);
+    }
+    commit_copies();
+    if (next < work.count) {
+      if (states_only) {
+        copy_B(next_C, next);
+        copy_x(gate_tile, next);
+      } else {
+        copy_C(next_C, next);
+      }
+      copy_steps(1 - buffer, next);
+    }
+    commit_copies();
 
     uint32_t x_operand[4][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      load_a_transposed<kChunk>(x_operand[k], tile, k * 16, channel);
-    }
-    if (given(p.z) && !states_only) {
-      __syncwarp();
-      const MatrixView<const T> z(p.z, plan.vector_z, segment.row, head, panel, p.headdim);
-      copy_channels(tile, z, begin, channel, filter);
-    }
-    commit_copies();
-    if (next < segment.end) {
-      copy_channels(shared.x[1 - buffer][own], x, next, channel, filter);
-      if (states_only) {
-        copy_matrix<kStates, Layout::kThreads>(next_C, B, next, filter);
-      } else {
-        copy_matrix<kStates, Layout::kThreads>(next_C, C, next, filter);
-      }
-    }
-    commit_copies();
-
-    if (!states_only) mix_tokens(shared, this_C, this_B, shared.steps[buffer]);
-    prepare_steps(1 - buffer);
     if (!states_only) {
-      __syncthreads();  // M is there
-      wait_copies<1>();
-      __syncwarp();  // z is there
+      const T* const C = shared.matrices[this_C];
+      float y[kChunk / 8][4];
+      multiply_tiles<kStates>(y, C, shared.matrices[this_B]);
+      mix_tokens(shared.mixed[own], y, table);
+      publish_tiles();
+      sync_unit(own);  // M is there
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float y[4][4] = {};
+      for (int t = 0; t < kChunk / 8; ++t) y[t][0] = y[t][1] = y[t][2] = y[t][3] = 0;
+      constexpr int kSteps = 4;  // of 16 states: as many as there are registers to round them into
 #pragma unroll
-        for (int n = 0; n < kStates; n += 16) {
-          const float(&s0)[4] = state[n / 8];
-          const float(&s1)[4] = state[n / 8 + 1];
-          const uint32_t a[4] = {round_pair<T>(s0[0], s0[1]), round_pair<T>(s0[2], s0[3]),
-                                 round_pair<T>(s1[0], s1[1]), round_pair<T>(s1[2], s1[3])};
+      for (int n = 0; n < kStates; n += 16 * kSteps) {
+        uint32_t rounded[kSteps][4];
 #pragma unroll
-          for (int block = 0; block < 2; ++block) {
-            uint32_t b[4];
-            load_b_transposed<kChunk>(b, this_C, half * 32 + block * 16, n);
-            multiply_add<T>(y[2 * block], a, b[0], b[1]);
-            multiply_add<T>(y[2 * block + 1], a, b[2], b[3]);
-          }
+        for (int k = 0; k < kSteps; ++k) {
+          const float(&s0)[4] = state[n / 8 + 2 * k];
+          const float(&s1)[4] = state[n / 8 + 2 * k + 1];
+          rounded[k][0] = round_pair<T>(s0[0], s0[1]);
+          rounded[k][1] = round_pair<T>(s0[2], s0[3]);
+          rounded[k][2] = round_pair<T>(s1[0], s1[1]);
+          rounded[k][3] = round_pair<T>(s1[2], s1[3]);
         }
+        multiply_transposed<false>(y, rounded, C, n);
+      }
+      const int l = recomputed(lane);
 #pragma unroll
-        for (int tile8 = 0; tile8 < 4; ++tile8) {
-          const float2 entering = *reinterpret_cast<const float2*>(
-              &table.entering[half * 32 + tile8 * 8 + lane % 4 * 2]);
-          y[tile8][0] *= entering.x;
-          y[tile8][1] *= entering.y;
-          y[tile8][2] *= entering.x;
-          y[tile8][3] *= entering.y;
-        }
+      for (int i = 0; i < kChunk / 8; ++i) {
+        const float2 entering =
+            *reinterpret_cast<const float2*>(&table.entering[i * 8 + l % 4 * 2]);
+        y[i][0] *= entering.x;
+        y[i][1] *= entering.y;
+        y[i][2] *= entering.x;
+        y[i][3] *= entering.y;
+      }
+      wait_copies<2>();
+      __syncwarp();  // x is there
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          const int i = half * 2 + block;  // in blocks of 16 tokens
+      for (int j = 0; j < 4; ++j) {
+        load_a_transposed<kChunk>(x_operand[j], x_tile, j * 16, channel, l);
+      }
+      multiply_transposed<true>(y, x_operand, shared.mixed[own], 0);
+      const float D[2] = {unit.D[channel + l / 4], unit.D[channel + l / 4 + 8]};
 #pragma unroll
-          for (int j = 0; j <= i; ++j) {
-            uint32_t b[4];
-            load_b_transposed<kChunk>(b, shared.mixed[own], i * 16, j * 16);
-            multiply_add<T>(y[2 * block], x_operand[j], b[0], b[1]);
-            multiply_add<T>(y[2 * block + 1], x_operand[j], b[2], b[3]);
-          }
-          uint32_t z_operand[4];
-          if (given(p.z)) load_a_transposed<kChunk>(z_operand, tile, i * 16, channel);
-          uint32_t out_operand[4];
+      for (int j = 0; j < 4; ++j) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            float(&pair)[4] = y[2 * block + k / 2];
-            const float2 own_x = unpack_pair<T>(x_operand[i][k]);
-            float y0 = fmaf(D[k % 2], own_x.x, pair[k % 2 * 2]);
-            float y1 = fmaf(D[k % 2], own_x.y, pair[k % 2 * 2 + 1]);
-            if (given(p.z)) {
-              const float2 gate = unpack_pair<T>(z_operand[k]);
-              y0 *= silu(gate.x);
-              y1 *= silu(gate.y);
-            }
-            out_operand[k] = round_pair<T>(y0, y1);
-          }
-          __syncwarp();
-          store_a_transposed<kChunk>(out_operand, tile, i * 16, channel);
+        for (int k = 0; k < 4; ++k) {
+          const float2 own_x = unpack_pair<T>(x_operand[j][k]);
+          float* const pair = &y[2 * j + k / 2][k % 2 * 2];
+          pair[0] = fmaf(D[k % 2], own_x.x, pair[0]);
+          pair[1] = fmaf(D[k % 2], own_x.y, pair[1]);
         }
       }
       __syncthreads();  // nobody needs this chunk's C any more
-      if (next < segment.end) {
-        copy_matrix<kStates, Layout::kThreads>(this_C, B, next, filter);
+      if (next < work.count) copy_B(this_C, next);
+      commit_copies();
+
+      if (given(p.z)) {
+        wait_copies<2>();
+        __syncwarp();  // z is there
       }
-      if (exists) {
-        const MatrixView<T> out(p.out, plan.vector_out, segment.row, head, panel, p.headdim);
-        store_channels(tile, out, begin, segment.end, channel);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (given(p.z)) {
+          uint32_t gate[4];
+          load_a_transposed<kChunk>(gate, gate_tile, i * 16, channel, l);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float2 own_z = unpack_pair<T>(gate[k]);
+            y[2 * i + k / 2][k % 2 * 2] *= silu(own_z.x);
+            y[2 * i + k / 2][k % 2 * 2 + 1] *= silu(own_z.y);
+          }
+          __syncwarp();
+        }
+        uint32_t out[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          out[k] = round_pair<T>(y[2 * i + k / 2][k % 2 * 2], y[2 * i + k / 2][k % 2 * 2 + 1]);
+        }
+        store_a_transposed<kChunk>(out, gate_tile, i * 16, channel, l);
       }
+      __syncwarp();
+      store_channels(gate_tile, unit.out, p.out, plan.vector_out, unit.channels, channel, begin,
+                     work.count - begin);
+    } else {
+      wait_copies<2>();
+      __syncwarp();  // x is there
     }
-    commit_copies();
 
     const float passing = table.passing;
     left *= passing;
-    const bool reset = table.last_resets > 0;
+    if (table.last_resets > 0) {  // whatever the state was, infinite too
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) state[i][0] = state[i][1] = state[i][2] = state[i][3] = 0;
+    }
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) state[i][k] = reset ? 0.0f : state[i][k] * passing;
+      for (int k = 0; k < 4; ++k) state[i][k] *= passing;
     }
+    const int l = recomputed(lane);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float* const weight = &table.leaving[j * 16 + lane % 4 * 2];
+      const float* const weight = &table.leaving[j * 16 + l % 4 * 2];
       const float2 first = *reinterpret_cast<const float2*>(weight);
       const float2 second = *reinterpret_cast<const float2*>(weight + 8);
-      uint32_t a[4];
+      load_a_transposed<kChunk>(x_operand[j], x_tile, j * 16, channel, l);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float2 w = k < 2 ? first : second;
         const float2 v = unpack_pair<T>(x_operand[j][k]);
-        a[k] = round_pair<T>(v.x * w.x, v.y * w.y);
-      }
-#pragma unroll
-      for (int n = 0; n < kStates; n += 16) {
-        uint32_t b[4];
-        load_b<kChunk>(b, this_B, j * 16, n);
-        multiply_add<T>(state[n / 8], a, b[0], b[1]);
-        multiply_add<T>(state[n / 8 + 1], a, b[2], b[3]);
+        x_operand[j][k] = round_pair<T>(v.x * w.x, v.y * w.y);
       }
     }
-
-    // Of the three buffers, the one that was C's has B now, and the one that was B's is free.
-    T* const freed = this_B;
-    this_B = states_only ? next_C : this_C;
+    multiply(state, x_operand, shared.matrices[this_B]);
+    __syncwarp();  // x is read
     if (states_only) {
-      next_C = freed;
-    } else {
-      this_C = next_C;
-      next_C = freed;
+      T* const read = x_tile;
+      x_tile = gate_tile;
+      gate_tile = read;
+    } else if (next < work.count) {
+      copy_x(x_tile, next);
     }
+    commit_copies();
+
+    // What was this chunk's B is free now; the next one's is where its C, or that of a chunk
+    // without C would be.
+    const int freed = this_B;
+    this_B = states_only ? next_C : this_C;
+    this_C = states_only ? this_C : next_C;
+    next_C = freed;
     buffer = 1 - buffer;
   }
 
-  if (!exists) return;
+  if (unit.channels == 0) return;
   if (states_only) {
-    const StateView v = segment_state<float>(p, plan, slot, head);
-    for_states(state, p, panel + channel, [&](float& s, int64_t c, int64_t n) {
-      static_cast<float*>(v.data)[v.at(c, n)] = s;
-    });
-    if (panel == 0 && channel == 0 && lane == 0) plan.decays[slot * p.nheads + head] = left;
-  } else if (segment.last) {
-    const StateView v(p.final_states, segment.sequence, head);
-    for_states(state, p, panel + channel, [&](float& s, int64_t c, int64_t n) {
-      static_cast<float*>(v.data)[v.at(c, n)] = s;
-    });
+    store_states(state, p, segment_state<float>(p, plan, work.slot, unit.head),
+                 unit.panel + channel);
+    if (unit.panel == 0 && channel == 0 && lane == 0) {
+      plan.decays[work.slot * p.nheads + unit.head] = left;
+    }
+  } else if (work.segment.last) {
+    store_states(state, p, StateView(p.final_states, work.segment.sequence, unit.head),
+                 unit.panel + channel);
   }
 }
 
@@ -693,14 +806,11 @@ __global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
         shared.decay[threadIdx.x] = fast_exp2(step * rule.rate);
         shared.mark[threadIdx.x] = mark;
       }
-      const TokenFilter filter{
-          p.marks == nullptr ? nullptr : p.marks + row * p.seqlen,
-          segment.end,
-      };
+      __syncthreads();  // marks are there
       for (int i = threadIdx.x; i < tokens * Layout::kStates; i += kThreads) {
         const int t = i / Layout::kStates;
         const int s = i % Layout::kStates;
-        const bool there = n0 + s < p.dstate && filter(begin + t);
+        const bool there = n0 + s < p.dstate && shared.mark[t] != kPadding;
         shared.B[t][s] = there ? to_accumulate(*element(p.B, begin + t, group, n0 + s)) : Acc(0);
         if (states_only) continue;
         shared.C[t][s] = there ? to_accumulate(*element(p.C, begin + t, group, n0 + s)) : Acc(0);
@@ -708,7 +818,7 @@ __global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
       for (int i = threadIdx.x; i < tokens * Layout::kChannels; i += kThreads) {
         const int t = i / Layout::kChannels;
         const int c = i % Layout::kChannels;
-        const bool there = panel + c < p.headdim && filter(begin + t);
+        const bool there = panel + c < p.headdim && shared.mark[t] != kPadding;
         shared.x[t][c] = there ? to_accumulate(*element(p.x, begin + t, head, panel + c)) : Acc(0);
       }
       __syncthreads();
@@ -795,10 +905,11 @@ __global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
 
 // ---- Host --------------------------------------------------------------------------------------
 
-/// How long a launch takes, for the choice of segments. A multiprocessor runs `resident` blocks at
-/// a time; such a round takes `latency` per chunk however many they are, and `work` per chunk and
+/// How long a launch takes, for the choice of a plan. A multiprocessor runs `resident` blocks at a
+/// time; such a round takes `latency` per chunk however many they are, and `work` per chunk and
 /// block. The kernel that finds the states at the ends of segments adds `first_pass` of that, and
-/// starting it and pass_states as much as `start` chunks do. In units of a lone block's chunk.
+/// starting it and pass_states `start`. In microseconds of an H100, where they were measured
+/// (November 2026); only their proportions matter.
 struct ForwardCost {
   int resident;
   double latency, work, first_pass, start;
@@ -807,7 +918,8 @@ struct ForwardCost {
 /// Cuts the sequences of a call, whose tokens take `blocks` blocks, into as many segments as the
 /// cost asks for. Sequences in cu_seqlens are cut as one long one would be, since their lengths are
 /// not known here: where they are shorter than a segment, nothing is cut, and there are many.
-Segments choose_segments(const SsdChunkScanParams& p, int64_t blocks, const ForwardCost& cost) {
+void choose_segments(ForwardPlan& plan, const SsdChunkScanParams& p, int64_t blocks,
+                     const ForwardCost& cost) {
   constexpr int64_t kMinChunks = 4;     // of a segment
   constexpr int64_t kMaxSegments = 64;  // states in the workspace
   const int64_t chunks = std::max<int64_t>(1, ceil_div(p.seqlen, kChunk));
@@ -828,21 +940,16 @@ Segments choose_segments(const SsdChunkScanParams& p, int64_t blocks, const Forw
       best_length = length;
     }
   }
-  return Segments::of_length(p, best_length * kChunk);
+  plan.segments = Segments::of_length(p, best_length * kChunk);
+  plan.time = best;
 }
 
 template <class Acc>
-size_t take_states(const SsdChunkScanParams& p, ForwardPlan& plan, void* base, bool partials) {
-  Workspace workspace(base);
-  if (plan.segments.per_sequence > 1) {
-    const int64_t rows = plan.segments.slots * p.nheads;
-    plan.states = reinterpret_cast<float*>(workspace.take<Acc>(rows * p.headdim * p.dstate));
-    plan.decays = reinterpret_cast<float*>(workspace.take<Acc>(rows));
-  }
-  if (partials) {
-    plan.partials = workspace.take<float>(p.batch * p.seqlen * p.nheads * p.headdim);
-  }
-  return workspace.size();
+void take_states(Workspace& workspace, const SsdChunkScanParams& p, ForwardPlan& plan) {
+  if (plan.segments.per_sequence == 1) return;
+  const int64_t rows = plan.segments.slots * p.nheads;
+  plan.states = reinterpret_cast<float*>(workspace.take<Acc>(rows * p.headdim * p.dstate));
+  plan.decays = reinterpret_cast<float*>(workspace.take<Acc>(rows));
 }
 
 /// Launches `kernel`, and before it what finds the states that segments start from.
@@ -859,10 +966,41 @@ void launch_segments(Kernel kernel, const SsdChunkScanParams& p, const ForwardPl
   launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, false);
 }
 
+/// What the tensor-core path reads has rows of 16-byte vectors; tensors that do not are copied into
+/// the workspace first, their rows filled up with zeros.
+template <class T>
+struct VectorRows {
+  View<4> SsdChunkScanParams::*view;
+  int64_t heads, columns;
+  T* copy = nullptr;
+
+  int64_t pitch() const { return ceil_div(columns, kTileVector) * kTileVector; }
+  int64_t rows(const SsdChunkScanParams& p) const { return p.batch * p.seqlen * heads; }
+
+  void take(Workspace& workspace, const SsdChunkScanParams& p) {
+    const View<4>& v = p.*view;
+    if (!given(v) || (columns % kTileVector == 0 && has_vector_rows<T>(v))) return;
+    copy = workspace.take<T>(rows(p) * pitch());
+  }
+
+  /// Replaces the view in p by one of the copy, which is made on `stream`.
+  void use(SsdChunkScanParams& p, cudaStream_t stream) const {
+    const int64_t size = rows(p) * pitch();
+    if (copy == nullptr || size == 0) return;
+    View<4>& v = p.*view;
+    constexpr int kThreads = 256;
+    copy_rows<T><<<static_cast<unsigned>(ceil_div(size, kThreads)), kThreads, 0, stream>>>(
+        v, copy, size, p.seqlen, heads, columns, pitch());
+    v = {copy, v.dtype, {p.seqlen * heads * pitch(), heads * pitch(), pitch(), 1}};
+  }
+};
+
 template <class T, int kUnits, int kStates>
 struct ChunkForward {
   using Layout = BlockLayout<T, kUnits, kStates>;
   ForwardPlan plan{};
+  VectorRows<T> inputs[4];
+  int64_t tables;  // of steps
   size_t workspace_size;
 
   static bool fits() {
@@ -870,26 +1008,40 @@ struct ChunkForward {
            static_cast<int64_t>(sizeof(Layout));
   }
 
-  ChunkForward(const SsdChunkScanParams& p, void* workspace) {
+  ChunkForward(const SsdChunkScanParams& p, void* base)
+      : inputs{{&SsdChunkScanParams::x, p.nheads, p.headdim},
+               {&SsdChunkScanParams::z, p.nheads, p.headdim},
+               {&SsdChunkScanParams::B, p.ngroups, p.dstate},
+               {&SsdChunkScanParams::C, p.ngroups, p.dstate}} {
     constexpr int64_t kReserved = 1024;  // bytes of shared memory that the system takes per block
     const int64_t held = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
                          (static_cast<int64_t>(sizeof(Layout)) + kReserved);
     plan.panels = static_cast<int>(ceil_div(p.headdim, kUnitChannels));
     plan.unit_blocks = static_cast<int>(ceil_div(p.nheads / p.ngroups * plan.panels, kUnits));
     plan.shared = sizeof(Layout);
-    plan.vector_x = has_vector_rows<T>(p.x);
-    plan.vector_B = has_vector_rows<T>(p.B);
-    plan.vector_C = has_vector_rows<T>(p.C);
-    plan.vector_z = given(p.z) && has_vector_rows<T>(p.z);
-    plan.vector_out = has_vector_rows<T>(p.out);
-    const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)), 0.5,
-                           0.5, 0.4, 3};
-    plan.segments = choose_segments(p, p.ngroups * plan.unit_blocks, cost);
-    workspace_size = take_states<float>(p, plan, workspace, false);
+    plan.vector_out = p.headdim % kTileVector == 0 && has_vector_rows<T>(p.out);
+    constexpr double kLatency = kUnits == 2      ? kStates == 128 ? 1.9 : 1.7
+                                : kStates == 128 ? 1.6
+                                                 : 1.35;
+    constexpr double kWork = kUnits == 2 ? kStates == 128 ? 3.1 : 2.1 : kStates == 128 ? 1.8 : 1.6;
+    const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)),
+                           kLatency, kWork, 0.5, 8};
+    choose_segments(plan, p, p.ngroups * plan.unit_blocks, cost);
+    Workspace workspace(base);
+    take_states<float>(workspace, p, plan);
+    tables = plan.segments.slots * (plan.segments.length / kChunk) * p.nheads;
+    plan.steps = workspace.take<StepTable>(tables);
+    for (VectorRows<T>& input : inputs) input.take(workspace, p);
+    workspace_size = workspace.size();
   }
 
   void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
-    launch_segments<float>(forward_chunks<T, kUnits, kStates>, p, plan,
+    SsdChunkScanParams q = p;
+    for (const VectorRows<T>& input : inputs) input.use(q, stream);
+    constexpr int kThreads = 256;
+    launch_shared(make_step_tables<float>, ceil_div(tables * kWarpSize, kThreads), kThreads, 0,
+                  stream, q, plan);
+    launch_segments<float>(forward_chunks<T, kUnits, kStates>, q, plan,
                            plan.segments.slots * p.ngroups * plan.unit_blocks, Layout::kThreads,
                            stream);
   }
@@ -902,12 +1054,16 @@ struct PlainForward {
   ForwardPlan plan{};
   size_t workspace_size;
 
-  PlainForward(const SsdChunkScanParams& p, void* workspace) {
+  PlainForward(const SsdChunkScanParams& p, void* base) {
     plan.panels = static_cast<int>(std::max<int64_t>(1, ceil_div(p.headdim, Layout::kChannels)));
-    const ForwardCost cost{512 / Layout::kThreads, 0.5, 0.5, 0.7, 1};
-    plan.segments = choose_segments(p, p.nheads * plan.panels, cost);
-    const bool partials = !std::is_same_v<T, Acc> && p.dstate > Layout::kStates;
-    workspace_size = take_states<Acc>(p, plan, workspace, partials);
+    const ForwardCost cost{512 / Layout::kThreads, 4, 4, 0.7, 8};
+    choose_segments(plan, p, p.nheads * plan.panels, cost);
+    Workspace workspace(base);
+    take_states<Acc>(workspace, p, plan);
+    if (!std::is_same_v<T, Acc> && p.dstate > Layout::kStates) {
+      plan.partials = workspace.take<float>(p.batch * p.seqlen * p.nheads * p.headdim);
+    }
+    workspace_size = workspace.size();
   }
 
   void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
@@ -921,7 +1077,23 @@ template <class T>
 bool takes_chunk_path(const SsdChunkScanParams& p) {
   constexpr int64_t kMaxSize = int64_t{1} << 30;
   return sizeof(T) == 2 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
-         p.dstate > 0 && p.dstate <= 128 && p.headdim <= kMaxSize;
+         p.dstate > 0 && p.dstate <= 128 && p.headdim <= kMaxSize && p.seqlen <= kMaxSize &&
+         p.nheads <= kMaxSize && p.num_sequences <= kMaxSize;
+}
+
+/// Calls f with the plan of the tensor-core path that takes the least time, or with that of the
+/// plain path where the device's shared memory holds neither.
+template <class T, int kStates, class F>
+auto with_chunk_path(const SsdChunkScanParams& p, void* workspace, F f) {
+  using Single = ChunkForward<T, 1, kStates>;
+  using Pair = ChunkForward<T, 2, kStates>;
+  if (!Single::fits()) return f(PlainForward<T, 16>(p, workspace));
+  const Single single(p, workspace);
+  if (Pair::fits()) {
+    const Pair pair(p, workspace);
+    if (pair.plan.time < single.plan.time) return f(pair);
+  }
+  return f(single);
 }
 
 /// Calls f with the plan of the path that takes the call.
@@ -929,22 +1101,12 @@ template <class T, class F>
 auto with_forward(const SsdChunkScanParams& p, void* workspace, F f) {
   if constexpr (sizeof(T) == 2) {
     if (takes_chunk_path<T>(p)) {
-      const int64_t units = p.nheads / p.ngroups * ceil_div(p.headdim, kUnitChannels);
-      const bool pairs = units % 2 == 0 || units > 8;  // few blocks with an idle half
-      if (p.dstate <= 64) {
-        if (pairs && ChunkForward<T, 2, 64>::fits()) return f(ChunkForward<T, 2, 64>(p, workspace));
-        if (ChunkForward<T, 1, 64>::fits()) return f(ChunkForward<T, 1, 64>(p, workspace));
-      } else {
-        if (pairs && ChunkForward<T, 2, 128>::fits()) {
-          return f(ChunkForward<T, 2, 128>(p, workspace));
-        }
-        if (ChunkForward<T, 1, 128>::fits()) return f(ChunkForward<T, 1, 128>(p, workspace));
-      }
+      return p.dstate <= 64 ? with_chunk_path<T, 64>(p, workspace, f)
+                            : with_chunk_path<T, 128>(p, workspace, f);
     }
   }
-  if (p.dstate <= PlainLayout<Accumulate<T>, 8>::kStates)
-    return f(PlainForward<T, 8>(p, workspace));
-  return f(PlainForward<T, 16>(p, workspace));
+  return p.dstate <= PlainLayout<Accumulate<T>, 8>::kStates ? f(PlainForward<T, 8>(p, workspace))
+                                                            : f(PlainForward<T, 16>(p, workspace));
 }
 
 bool is_empty(const SsdChunkScanParams& p) {
