@@ -10,6 +10,7 @@
 #include "rms_norm_gated.h"
 #include "selective_scan.h"
 #include "selective_state_update.h"
+#include "ssd_chunk_scan.h"
 
 namespace mamba_ssm::kernels {
 
@@ -35,6 +36,18 @@ template <class T>
 size_t workspace_selective_scan_bwd(const SelectiveScanParams& p);
 template <class T>
 CudaStatus launch_selective_scan_bwd(const SelectiveScanParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
+size_t workspace_ssd_chunk_scan_fwd(const SsdChunkScanParams& p);
+template <class T>
+CudaStatus launch_ssd_chunk_scan_fwd(const SsdChunkScanParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
+size_t workspace_ssd_chunk_scan_bwd(const SsdChunkScanParams& p);
+template <class T>
+CudaStatus launch_ssd_chunk_scan_bwd(const SsdChunkScanParams& p, void* workspace,
                                      CudaStream stream);
 
 template <class T>

@@ -18,8 +18,6 @@
 
 namespace mamba_ssm::kernels {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Threads of the largest team.
 constexpr int kMostTeam = 512;
 /// Two blocks of so many leave a thread 96 registers, which a backward of up to 16 elements needs.
