@@ -334,6 +334,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const T* row) {
 #endif
 }
 
+/// The number of the warp, known to the compiler to be the same for all of its lanes.
+__device__ __forceinline__ int warp_id() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
+
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 
 // The operands of products out of a tile. `tile` is M or its transpose as it lies in shared memory;
@@ -576,7 +581,7 @@ __device__ __forceinline__ void multiply_tiles(float (&d)[kChunk / 8][4], const 
   }
   end_products(d);
 #else
-  const int row = static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
+  const int row = warp_id() % 4 * 16;
 #pragma unroll
   for (int t = 0; t < kChunk / 8; ++t) d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0;
 #pragma unroll
