@@ -5,14 +5,14 @@
 // A warp owns 16 channels p of its unit and keeps their states S (p, n) in float32 accumulators.
 // Per chunk, with i and j tokens and the names of the header,
 //
-//   K = C B^T                          (i, j)  all warps of the block share the work, lower
-//   triangle M = K . exp(c_i - c_j) d_j         (i, j)  per unit, rounded, through shared memory
+//   K = C B^T                          (i, j)
+//   M = K . exp(c_i - c_j) d_j         (i, j)  rounded, through shared memory
 //   y^T = S C^T . exp(c_i) + x^T M^T   (p, i)  S rounded straight from the accumulators
 //   y^T += D x^T, y^T . silu(z^T)              x^T and z^T are laid out as y^T is
 //   S = exp(c_last) S + x^T B . exp(c_last - c_j) d_j
 //
-// x, z and out of a warp's channels are that warp's own business; C, B and M are the block's.
-// Shared memory:
+// x, z and out of a warp's channels are that warp's own business, M is the unit's; C and B are the
+// block's. What depends on dt alone, make_step_tables has computed before. Shared memory:
 //
 //   matrices  3 of (64 tokens, states): C and B of this chunk, C of the next. B of the next chunk
 //             arrives in the buffer of this chunk's C once all warps are done with it.
@@ -39,7 +39,7 @@
 namespace mamba_ssm::kernels {
 namespace {
 
-/// How a call is cut into blocks, and what they hand to each other.
+/// How a call is cut into blocks, and what the launches hand to each other.
 struct ForwardPlan {
   Segments segments;
   int panels;       // of a head: blocks of kUnitChannels (plain path: of its own size)
@@ -1030,14 +1030,11 @@ struct ChunkForward {
     plan.unit_blocks = static_cast<int>(ceil_div(p.nheads / p.ngroups * plan.panels, kUnits));
     plan.shared = sizeof(Layout);
     plan.vector_out = p.headdim % kTileVector == 0 && has_vector_rows<T>(p.out);
-    constexpr double kLatency = kUnits == 2      ? (kStates == 128 ? 2.1 : 1.7)
-                                : kStates == 128 ? 1.6
-                                                 : 1.35;
-    constexpr double kWork = kUnits == 2      ? (kStates == 128 ? 3.2 : 2.1)
-                             : kStates == 128 ? 1.8
-                                              : 1.6;
+    // (latency, work) of [one or two units][64 or 128 states]
+    constexpr double kCosts[2][2][2] = {{{1.35, 1.6}, {1.6, 1.8}}, {{1.7, 2.1}, {2.1, 3.2}}};
+    const auto& own = kCosts[kUnits - 1][kStates / 64 - 1];
     const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)),
-                           kLatency, kWork, 0.43, 8};
+                           own[0], own[1], 0.43, 8};
     choose_segments(plan, p, p.ngroups * plan.unit_blocks, cost);
     Workspace workspace(base);
     take_states<float>(workspace, p, plan);
