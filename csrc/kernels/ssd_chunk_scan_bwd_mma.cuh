@@ -5,8 +5,8 @@
 //
 //   walk_states      goes through a segment of one block head chunk by chunk, forwards with the
 //                    state S (p, n) in registers, or backwards with its gradient dS:
-//                      S  <- passing S  + (leaving d x)^T B      dS <- passing dS + (entering dy)^T
-//                      C
+//                      S  <- passing S  + (leaving d x)^T B
+//                      dS <- passing dS + (entering dy)^T C
 //                    and leaves S before, and dS behind, every chunk in the workspace.
 //   chunk_gradients  takes one chunk and walks through block heads of one group. With L_ij what is
 //                    left at i of token j's contribution, G = dy x^T and M = (C B^T) o L:
