@@ -226,62 +226,10 @@ __device__ __forceinline__ int tile_at(int row, int column, int lane_row, int la
   return (lane_part ^ (column & 63)) + ((column >> 6) * kRows + row) * kPanel;
 }
 
-/// A matrix in global memory: elements column by column, rows row_stride apart.
-template <class T>
-struct MatrixView {
-  T* data;
-  int64_t row_stride, column_stride;
-  int columns;
-  bool vectors;  // rows start on 16-byte boundaries and their columns lie side by side
-
-  /// (tokens of batch row `row`, one head or group, columns from `column` on) of a tensor
-  __device__ MatrixView(const View<4>& v, bool vectors, int64_t row, int64_t head, int64_t column,
-                        int64_t all_columns)
-      : data(static_cast<T*>(v.data) + row * v.stride[0] + head * v.stride[2] +
-             column * v.stride[3]),
-        row_stride(v.stride[1]),
-        column_stride(v.stride[3]),
-        columns(static_cast<int>(all_columns - column)),
-        vectors(vectors) {}
-};
-
 /// True if rows of v move as 16-byte vectors, whatever multiple of 8 columns they start at.
 template <class T>
 bool has_vector_rows(const View<4>& v) {
   return v.stride[3] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1], v.stride[2]);
-}
-
-/// Copies 8 elements of a row to shared memory; zeros where `there` is false and behind the last
-/// column. Asynchronous if the matrix has vectors.
-template <class T>
-__device__ __forceinline__ void copy_tile_vector(T* shared, const MatrixView<const T>& m,
-                                                 int64_t row, int column, bool there) {
-  auto* const pack = reinterpret_cast<Pack<T, kTileVector>*>(shared);
-  if (column >= m.columns) there = false;
-  if (m.vectors && (column + kTileVector <= m.columns || !there)) {
-    copy_async(pack, m.data + (there ? row * m.row_stride + column : 0), there);
-    return;
-  }
-#pragma unroll 1
-  for (int i = 0; i < kTileVector; ++i) {
-    shared[i] = there && column + i < m.columns
-                    ? m.data[row * m.row_stride + (column + i) * m.column_stride]
-                    : from_accumulate<T>(0.0f);
-  }
-}
-
-/// Copies 8 elements from shared memory to a row, but none behind the last column.
-template <class T>
-__device__ __forceinline__ void store_tile_vector(const T* shared, const MatrixView<T>& m,
-                                                  int64_t row, int column) {
-  if (m.vectors && column + kTileVector <= m.columns) {
-    store_vector(m.data + row * m.row_stride + column, load_vector(shared));
-    return;
-  }
-#pragma unroll 1
-  for (int i = 0; i < kTileVector && column + i < m.columns; ++i) {
-    m.data[row * m.row_stride + (column + i) * m.column_stride] = shared[i];
-  }
 }
 
 // ---- Products on the tensor cores --------------------------------------------------------------
@@ -332,6 +280,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const T* row) {
                  : "memory");
   }
 #endif
+}
+
+/// The number of the warp, known to the compiler to be the same for all of its lanes.
+__device__ __forceinline__ int warp_id() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 }
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
@@ -595,7 +548,7 @@ __device__ __forceinline__ void multiply_tiles(float (&d)[kChunk / 8][4], const 
   }
   end_products(d);
 #else
-  const int row = static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
+  const int row = warp_id() % 4 * 16;
 #pragma unroll
   for (int t = 0; t < kChunk / 8; ++t) d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0;
 #pragma unroll

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kElementThreads)
   const int64_t t = i / p.headdim / p.nheads % p.seqlen;
   const int64_t b = i / p.headdim / p.nheads / p.seqlen;
   const auto at = [&](const View<4>& v) -> T& {
-    return static_cast<T*>(v.data)[b * v.stride[0] + t * v.stride[1] + head * v.stride[2] +
-                                   channel * v.stride[3]];
+    return static_cast<T*>(
+        v.data)[b * v.stride[0] + t * v.stride[1] + head * v.stride[2] + channel * v.stride[3]];
   };
   const Acc gradient = to_accumulate(at(p.dout));
   const Acc z = to_accumulate(at(p.z));
@@ -69,11 +69,10 @@ __global__ void __launch_bounds__(kElementThreads)
   const int64_t t = i / width / heads % seqlen;
   const int64_t b = i / width / heads / seqlen;
   static_cast<T*>(target.data)[i] =
-      column < columns ? static_cast<const T*>(source.data)[b * source.stride[0] +
-                                                            t * source.stride[1] +
-                                                            head * source.stride[2] +
-                                                            column * source.stride[3]]
-                       : T(0.0f);
+      column < columns
+          ? static_cast<const T*>(source.data)[b * source.stride[0] + t * source.stride[1] +
+                                               head * source.stride[2] + column * source.stride[3]]
+          : T(0.0f);
 }
 
 // ---- Steps -------------------------------------------------------------------------------------
@@ -165,8 +164,7 @@ __global__ void __launch_bounds__(kStepThreads)
     N ddt = 0;
     if (tokens.mark[i] != kPadding) {
       // The state before a reset does not decay, it is dropped.
-      const N ddecay =
-          tokens.mark[i] == kReset ? N(0) : passing + later_sums[i] + earlier_sums[i];
+      const N ddecay = tokens.mark[i] == kReset ? N(0) : passing + later_sums[i] + earlier_sums[i];
       dA += space.step[index * kChunk + 2 * lane + i] * ddecay;
       ddt = rule.gradient(tokens.dt[i].value(p.dt.dtype, 0)) * (A * ddecay + input[i]);
       ddt_bias += ddt;
@@ -194,8 +192,8 @@ template <class N>
 struct ParameterSum {
   View<2> out;
   const N* partial;
-  int64_t width;   // of partial
-  int64_t count;   // of i: at most width
+  int64_t width;  // of partial
+  int64_t count;  // of i: at most width
   bool over_count;
 };
 
@@ -248,8 +246,8 @@ __global__ void __launch_bounds__(kSumThreads)
     if (s.over_count) {
       total += parts[threadIdx.x];
     } else if (first + lane < s.count) {
-      store_as(s.out.data, s.out.dtype,
-               head * s.out.stride[0] + (first + lane) * s.out.stride[1], parts[threadIdx.x]);
+      store_as(s.out.data, s.out.dtype, head * s.out.stride[0] + (first + lane) * s.out.stride[1],
+               parts[threadIdx.x]);
     }
   }
   if (!s.over_count) return;
@@ -289,16 +287,15 @@ __global__ void __launch_bounds__(kElementThreads)
 // ---- D -----------------------------------------------------------------------------------------
 
 /// D[block head, channel] as float32, 0 behind headdim.
-__global__ void __launch_bounds__(kElementThreads)
-    spread_D(const SsdChunkScanParams p, float* D) {
+__global__ void __launch_bounds__(kElementThreads) spread_D(const SsdChunkScanParams p, float* D) {
   const int64_t blocks = ceil_div(p.headdim, kBlockDim);
   const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
   if (i >= p.nheads * blocks * kBlockDim) return;
   const int64_t channel = i % (blocks * kBlockDim);
   const int64_t head = i / (blocks * kBlockDim);
-  D[i] = channel < p.headdim ? load_as<float>(p.D.data, p.D.dtype,
-                                              head * p.D.stride[0] + channel * p.D.stride[1])
-                             : 0.0f;
+  D[i] = channel < p.headdim
+             ? load_as<float>(p.D.data, p.D.dtype, head * p.D.stride[0] + channel * p.D.stride[1])
+             : 0.0f;
 }
 
 // ---- Launchers ---------------------------------------------------------------------------------
@@ -318,8 +315,8 @@ void launch_step_chunks(const SsdChunkScanParams& p, const StepSpace<N>& space,
                         cudaStream_t stream) {
   const int64_t warps = space.chunks.slots * p.nheads;
   if (warps == 0) return;
-  step_chunks<N><<<static_cast<unsigned>(ceil_div(warps, kStepWarps)), kStepThreads, 0, stream>>>(
-      p, space);
+  step_chunks<N>
+      <<<static_cast<unsigned>(ceil_div(warps, kStepWarps)), kStepThreads, 0, stream>>>(p, space);
 }
 
 /// All that follows chunk_gradients, but for dB and dC.
@@ -337,8 +334,7 @@ void launch_step_gradients(const SsdChunkScanParams& p, const StepSpace<N>& spac
   sums.add(p.dD, space.dD, space.head_blocks * space.width, p.headdim, !p.D_per_channel);
   if (sums.count == 0 || p.nheads == 0) return;
   const dim3 blocks(static_cast<unsigned>(p.nheads), sums.count);
-  sum_parameters<N>
-      <<<blocks, kSumThreads, 0, stream>>>(sums, space.chunks.slots, p.nheads);
+  sum_parameters<N><<<blocks, kSumThreads, 0, stream>>>(sums, space.chunks.slots, p.nheads);
 }
 
 template <class Acc>
@@ -398,7 +394,7 @@ constexpr int64_t kMaxMmaStates = 2 * kPanel;
 template <class T>
 struct MmaBackward {
   MmaPlan<T> plan;
-  int64_t states;  // dstate, rounded up to what kernels exist for
+  int64_t states;         // dstate, rounded up to what kernels exist for
   View<4> x, dout, B, C;  // with rows for tiles: the call's own, or copies
 
   static bool takes(const SsdChunkScanParams& p) {
@@ -554,9 +550,8 @@ struct GatedBackward {
       const CudaStatus status = launch_ssd_chunk_scan_fwd<T>(forward, forward_workspace, stream);
       if (status != cudaSuccess) return status;
     }
-    gate_gradients<T>
-        <<<static_cast<unsigned>(ceil_div(elements, kElementThreads)), kElementThreads, 0,
-           stream>>>(p, static_cast<const T*>(forward.out.data), backward.dout);
+    gate_gradients<T><<<static_cast<unsigned>(ceil_div(elements, kElementThreads)), kElementThreads,
+                        0, stream>>>(p, static_cast<const T*>(forward.out.data), backward.dout);
     return cudaGetLastError();
   }
 };

@@ -5,7 +5,8 @@
 //
 //   walk_states      goes through a segment of one block head chunk by chunk, forwards with the
 //                    state S (p, n) in registers, or backwards with its gradient dS:
-//                      S  <- passing S  + (leaving d x)^T B      dS <- passing dS + (entering dy)^T C
+//                      S  <- passing S  + (leaving d x)^T B
+//                      dS <- passing dS + (entering dy)^T C
 //                    and leaves S before, and dS behind, every chunk in the workspace.
 //   chunk_gradients  takes one chunk and walks through block heads of one group. With L_ij what is
 //                    left at i of token j's contribution, G = dy x^T and M = (C B^T) o L:
@@ -194,8 +195,8 @@ __global__ void __launch_bounds__(kWalkThreads, kStates > kPanel ? 3 : 5)
     }
   };
   const View<4>& start = backwards ? p.dfinal_states : p.initial_states;
-  const bool starts = !kEnds && given(start) &&
-                      (backwards || has_initial_state(p, segment.sequence));
+  const bool starts =
+      !kEnds && given(start) && (backwards || has_initial_state(p, segment.sequence));
   for_state([&](float& s, int64_t channel, int64_t n) {
     s = 0;
     if (starts && channel < p.headdim && n < p.dstate) {
@@ -412,7 +413,7 @@ __global__ void __launch_bounds__(kWalkThreads, kStates > kPanel ? 3 : 5)
 //
 // Twelve warps. Warps 0-3 have the products between tokens: 16 tokens j each, C B^T, its gradient
 // and G transposed, so that M^T comes out of one product as an operand of the next. Warps 4-7 have
-// dC, warps 8-11 dB, 16 tokens each, in registers through all block heads.
+// dC, warps 8-11 dB, each 32 tokens and half of the states, in registers through all block heads.
 
 constexpr int kPairWarps = 4;
 constexpr int kStateThreads = 8 * kWarpSize;  // of dC and dB
@@ -524,7 +525,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / 4;
   const int pair = lane % 4 * 2;
-  const int first_row = warp % 4 * 16;  // of the warp's 16 tokens
+  const int first_row = warp % 4 * 16;  // of what a warp has 16 rows of
   const int thread = static_cast<int>(threadIdx.x) - kPairWarps * kWarpSize;  // of dC and dB
   constexpr int kVectors = kBlockDim / kTileVector;
   constexpr int kStateSize = kBlockDim * kStates;
@@ -546,10 +547,9 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   constexpr int kPacks = kChunk / 4;
   const float* next_step = nullptr;
   if (thread < 3 * kPacks) {
-    next_step = (thread < 2 * kPacks
-                     ? (thread < kPacks ? steps.step : steps.decay) +
-                           (slot * p.nheads + head) * kChunk
-                     : plan.D + first_head * kBlockDim) +
+    next_step = (thread < 2 * kPacks ? (thread < kPacks ? steps.step : steps.decay) +
+                                           (slot * p.nheads + head) * kChunk
+                                     : plan.D + first_head * kBlockDim) +
                 thread % kPacks * 4;
   }
   int next_block = block;
@@ -792,8 +792,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float2 value = unpack_pair<T>(dy[i]);
-            const float2 D =
-                *reinterpret_cast<const float2*>(&stage.D[16 * c + i / 2 * 8 + pair]);
+            const float2 D = *reinterpret_cast<const float2*>(&stage.D[16 * c + i / 2 * 8 + pair]);
             float(&a)[4] = acc[2 * c + i / 2];
             a[i % 2 * 2] = fmaf(D.x, value.x, a[i % 2 * 2]);
             a[i % 2 * 2 + 1] = fmaf(D.y, value.y, a[i % 2 * 2 + 1]);
@@ -814,7 +813,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
           const T* const source = dx_tile + tile_at<kChunk>(t, dx_column);
           if (t >= tokens) continue;
           if (plan.vector_dx) {
-            if (dx_column < channels) store_vector(dx + i / kVectors * p.dx.stride[1], load_vector(source));
+            if (dx_column < channels)
+              store_vector(dx + i / kVectors * p.dx.stride[1], load_vector(source));
           } else {
 #pragma unroll 1
             for (int e = 0; e < kTileVector && dx_column + e < channels; ++e) {

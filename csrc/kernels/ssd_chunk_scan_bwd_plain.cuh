@@ -15,19 +15,19 @@ constexpr int kPlainTile = kChunk;
 constexpr int kPlainSide = 16;
 constexpr int kPlainThreads = kPlainSide * kPlainSide;
 constexpr int kPlainCells = kPlainTile / kPlainSide;
-constexpr int kPlainDepth = 8;                // of products, per stage
-constexpr int kPlainPitch = kPlainTile + 1;   // of rows in shared memory
+constexpr int kPlainDepth = 8;               // of products, per stage
+constexpr int kPlainPitch = kPlainTile + 1;  // of rows in shared memory
 
 /// What the kernels of this path take from the host.
 template <class Acc>
 struct PlainPlan {
   StepSpace<double> steps;
-  int64_t lot;                  // heads at a time
-  int64_t first_head, end_head; // of this lot
-  Acc* states;                  // (slots, lot, headdim, dstate), before each chunk
-  Acc* dstates;                 // likewise, behind each chunk
-  Acc* dB;                      // (slots, ngroups, kChunk, dstate)
-  Acc* dC;                      // likewise
+  int64_t lot;                   // heads at a time
+  int64_t first_head, end_head;  // of this lot
+  Acc* states;                   // (slots, lot, headdim, dstate), before each chunk
+  Acc* dstates;                  // likewise, behind each chunk
+  Acc* dB;                       // (slots, ngroups, kChunk, dstate)
+  Acc* dC;                       // likewise
 };
 
 template <class T>
@@ -41,7 +41,9 @@ template <class Acc>
 using PlainCells = Acc[kPlainCells][kPlainCells];
 
 /// Row or column, in a tile, of a thread's cell i.
-__device__ __forceinline__ int plain_row(int i) { return threadIdx.x / kPlainSide + kPlainSide * i; }
+__device__ __forceinline__ int plain_row(int i) {
+  return threadIdx.x / kPlainSide + kPlainSide * i;
+}
 __device__ __forceinline__ int plain_column(int i) {
   return threadIdx.x % kPlainSide + kPlainSide * i;
 }
@@ -162,8 +164,8 @@ __global__ void __launch_bounds__(kPlainThreads)
     for_cells<Acc>(state, [&](Acc& s, int row, int column) {
       if (p0 + row >= p.headdim || n0 + column >= p.dstate) return;
       s = load_as<Acc>(start.data, start.dtype,
-                       r * start.stride[0] + head * start.stride[1] +
-                           (p0 + row) * start.stride[2] + (n0 + column) * start.stride[3]);
+                       r * start.stride[0] + head * start.stride[1] + (p0 + row) * start.stride[2] +
+                           (n0 + column) * start.stride[3]);
     });
   }
   for (int64_t k = 0; k < chunks; ++k) {
@@ -183,14 +185,12 @@ __global__ void __launch_bounds__(kPlainThreads)
         if (backwards) {
           if (t < masks.first_reset()) f = fast_exp2(static_cast<Acc>(decay[t]));
         } else if (t >= masks.last_reset()) {
-          f = fast_exp2(static_cast<Acc>(decay[kChunk - 1] - decay[t])) *
-              static_cast<Acc>(step[t]);
+          f = fast_exp2(static_cast<Acc>(decay[kChunk - 1] - decay[t])) * static_cast<Acc>(step[t]);
         }
       }
       factor[t] = f;
     }
-    const Acc passing =
-        masks.resets == 0 ? fast_exp2(static_cast<Acc>(decay[kChunk - 1])) : Acc(0);
+    const Acc passing = masks.resets == 0 ? fast_exp2(static_cast<Acc>(decay[kChunk - 1])) : Acc(0);
     for_cells<Acc>(state, [&](Acc& s, int row, int column) {
       if (p0 + row < p.headdim && n0 + column < p.dstate) {
         target[(p0 + row) * p.dstate + n0 + column] = s;
@@ -282,9 +282,8 @@ __global__ void __launch_bounds__(kPlainThreads)
       return t < masks.first_reset() ? fast_exp2(static_cast<Acc>(decay[t])) : Acc(0);
     };
     const auto leaving = [&](int t) {
-      return t >= masks.last_reset()
-                 ? fast_exp2(static_cast<Acc>(decay[kChunk - 1] - decay[t]))
-                 : Acc(0);
+      return t >= masks.last_reset() ? fast_exp2(static_cast<Acc>(decay[kChunk - 1] - decay[t]))
+                                     : Acc(0);
     };
     __syncthreads();
     if (thread < kChunk) {
@@ -349,12 +348,12 @@ __global__ void __launch_bounds__(kPlainThreads)
           if (!given(p.dx)) continue;
           Acc value = dx[a][b] * static_cast<Acc>(step[j]);
           if (given(p.D)) {
-            value += dy * load_as<Acc>(p.D.data, p.D.dtype,
-                                       head * p.D.stride[0] + c * p.D.stride[1]);
+            value +=
+                dy * load_as<Acc>(p.D.data, p.D.dtype, head * p.D.stride[0] + c * p.D.stride[1]);
           }
-          static_cast<T*>(p.dx.data)[chunk.row * p.dx.stride[0] +
-                                     (chunk.begin + j) * p.dx.stride[1] + head * p.dx.stride[2] +
-                                     c * p.dx.stride[3]] = from_accumulate<T>(value);
+          static_cast<T*>(
+              p.dx.data)[chunk.row * p.dx.stride[0] + (chunk.begin + j) * p.dx.stride[1] +
+                         head * p.dx.stride[2] + c * p.dx.stride[3]] = from_accumulate<T>(value);
         }
       }
       add_row_sums(input, sums[2]);

@@ -5,14 +5,14 @@
 // A warp owns 16 channels p of its unit and keeps their states S (p, n) in float32 accumulators.
 // Per chunk, with i and j tokens and the names of the header,
 //
-//   K = C B^T                          (i, j)  all warps of the block share the work, lower
-//   triangle M = K . exp(c_i - c_j) d_j         (i, j)  per unit, rounded, through shared memory
+//   K = C B^T                          (i, j)
+//   M = K . exp(c_i - c_j) d_j         (i, j)  rounded, through shared memory
 //   y^T = S C^T . exp(c_i) + x^T M^T   (p, i)  S rounded straight from the accumulators
 //   y^T += D x^T, y^T . silu(z^T)              x^T and z^T are laid out as y^T is
 //   S = exp(c_last) S + x^T B . exp(c_last - c_j) d_j
 //
-// x, z and out of a warp's channels are that warp's own business; C, B and M are the block's.
-// Shared memory:
+// x, z and out of a warp's channels are that warp's own business, M is the unit's; C and B are the
+// block's. What depends on dt alone, make_step_tables has computed before. Shared memory:
 //
 //   matrices  3 of (64 tokens, states): C and B of this chunk, C of the next. B of the next chunk
 //             arrives in the buffer of this chunk's C once all warps are done with it.
@@ -39,7 +39,7 @@
 namespace mamba_ssm::kernels {
 namespace {
 
-/// How a call is cut into blocks, and what they hand to each other.
+/// How a call is cut into blocks, and what the launches hand to each other.
 struct ForwardPlan {
   Segments segments;
   int panels;       // of a head: blocks of kUnitChannels (plain path: of its own size)
@@ -97,41 +97,50 @@ __device__ StateView state_before(const SsdChunkScanParams& p, const ForwardPlan
   return v;
 }
 
+constexpr int kPassThreads = 256;
+constexpr int kPassElements = 4;  // of a thread
+
 /// From states at the end of each segment that began with zero to those of the sequence, in place.
-/// One thread per (sequence, head, channel, state).
+/// A block takes kPassThreads * kPassElements states of a (sequence, head).
 template <class Acc>
-__global__ void pass_states(const SsdChunkScanParams p, const ForwardPlan plan) {
+__global__ void __launch_bounds__(kPassThreads)
+    pass_states(const SsdChunkScanParams p, const ForwardPlan plan, unsigned blocks) {
   const int64_t size = p.headdim * p.dstate;
-  const int64_t blocks = ceil_div(size, blockDim.x);
-  const int64_t i = blockIdx.x % blocks * blockDim.x + threadIdx.x;
-  const int64_t head = blockIdx.x / blocks % p.nheads;
-  const int64_t r = blockIdx.x / blocks / p.nheads;
-  if (i >= size) return;
+  const unsigned item = blockIdx.x / blocks;
+  const int64_t head = item % static_cast<unsigned>(p.nheads);
+  const int64_t r = item / static_cast<unsigned>(p.nheads);
+  const int64_t begin = int64_t{blockIdx.x % blocks} * kPassThreads * kPassElements + threadIdx.x;
   const Sequence sequence = sequence_of(p, r);
-  const int64_t first = plan.segments.first_slot(p, r, sequence.begin);
-  const int64_t count = ceil_div(sequence.end - sequence.begin, plan.segments.length) - 1;
-  Acc state = 0;
-  if (given(p.initial_states) && r < p.num_initial_states) {
-    const StateView v(p.initial_states, r, head);
-    state = load_as<Acc>(v.data, v.dtype, v.at(i / p.dstate, i % p.dstate));
+  const int64_t slot = plan.segments.first_slot(p, r, sequence.begin);
+  const int64_t passes = ceil_div(sequence.end - sequence.begin, plan.segments.length) - 1;
+  Acc* ends = reinterpret_cast<Acc*>(plan.states) + (slot * p.nheads + head) * size + begin;
+  const Acc* decays = reinterpret_cast<const Acc*>(plan.decays) + slot * p.nheads + head;
+  int count = 0;  // of the thread's states
+  Acc state[kPassElements] = {};
+#pragma unroll
+  for (int k = 0; k < kPassElements; ++k) {
+    const int64_t i = begin + k * kPassThreads;
+    if (i >= size) break;
+    ++count;
+    if (given(p.initial_states) && r < p.num_initial_states) {
+      const StateView v(p.initial_states, r, head);
+      state[k] = load_as<Acc>(v.data, v.dtype, v.at(i / p.dstate, i % p.dstate));
+    }
   }
-  Acc* const ends = reinterpret_cast<Acc*>(plan.states) + (first * p.nheads + head) * size + i;
-  const Acc* const decays = reinterpret_cast<const Acc*>(plan.decays) + first * p.nheads + head;
-  constexpr int kAhead = 8;  // segments whose loads are in flight together
-  for (int64_t s = 0; s < count; s += kAhead) {
-    Acc end[kAhead], decay[kAhead];
+#pragma unroll 4
+  for (int64_t s = 0; s < passes; ++s) {
+    const Acc decay = *decays;
+    Acc end[kPassElements];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int64_t at = min(s + k, count - 1);
-      end[k] = ends[at * p.nheads * size];
-      decay[k] = decays[at * p.nheads];
-    }
+    for (int k = 0; k < kPassElements; ++k) end[k] = k < count ? ends[k * kPassThreads] : Acc(0);
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
+    for (int k = 0; k < kPassElements; ++k) {
       // A decay of 0 is a reset: whatever the state was, infinite too, it is gone.
-      state = (decay[k] == Acc(0) ? Acc(0) : decay[k] * state) + end[k];
-      if (s + k < count) ends[(s + k) * p.nheads * size] = state;
+      state[k] = (decay == Acc(0) ? Acc(0) : decay * state[k]) + end[k];
+      if (k < count) ends[k * kPassThreads] = state[k];
     }
+    ends += p.nheads * size;
+    decays += p.nheads;
   }
 }
 
@@ -152,23 +161,26 @@ struct alignas(16) StepTable {
   int last_resets;
 };
 
-/// The step tables of all chunks, (slots, chunks of a segment, nheads), one warp each.
+constexpr int kTableWarps = 8;
+
+/// The step tables of all chunks, (slots, chunks of a segment, nheads): a warp makes that of one
+/// head, a block those of a few neighboring ones in a chunk.
 template <class Acc>
-__global__ void __launch_bounds__(256)
-    make_step_tables(const SsdChunkScanParams p, const ForwardPlan plan) {
+__global__ void __launch_bounds__(kTableWarps* kWarpSize)
+    make_step_tables(const SsdChunkScanParams p, const ForwardPlan plan, unsigned head_blocks,
+                     unsigned chunks) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
-  const int64_t chunks = plan.segments.length / kChunk;
-  const int64_t head = i % p.nheads;
-  const int64_t slot = i / p.nheads / chunks;
-  if (slot >= plan.segments.slots) return;
+  const unsigned head = blockIdx.x % head_blocks * kTableWarps + threadIdx.x / kWarpSize;
+  const unsigned chunk = blockIdx.x / head_blocks;  // of all
+  const unsigned slot = chunk / chunks;
+  if (head >= p.nheads) return;
   const Segment segment = segment_of(p, plan.segments, slot);
-  const int64_t begin = segment.begin + i / p.nheads % chunks * kChunk;
+  const int64_t begin = segment.begin + chunk % chunks * kChunk;
   if (!segment.exists || begin >= segment.end) return;
   ChunkTokens<Acc> tokens;
   tokens.load(p, segment.row, head, begin, segment.end);
   const ChunkSteps<Acc> steps(StepRule<Acc>(p, head), tokens, p.dt.dtype);
-  StepTable& table = static_cast<StepTable*>(plan.steps)[i];
+  StepTable& table = static_cast<StepTable*>(plan.steps)[int64_t{chunk} * p.nheads + head];
   const auto pair = [lane](auto* values, auto first, auto second) {
     values[2 * lane] = first;
     values[2 * lane + 1] = second;
@@ -359,11 +371,6 @@ __global__ void copy_rows(const View<4> v, T* to, int64_t size, int64_t seqlen, 
               ? static_cast<const T*>(v.data)[b * v.stride[0] + t * v.stride[1] +
                                               head * v.stride[2] + column * v.stride[3]]
               : from_accumulate<T>(0.0f);
-}
-
-/// The number of the warp, known to the compiler to be that for all of its lanes.
-__device__ __forceinline__ int warp_id() {
-  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 }
 
 /// A warp's 16 rows of M from those of K: (i, j) with a decay from j to i. Only what is left of the
@@ -908,8 +915,9 @@ __global__ void __launch_bounds__(PlainLayout<Accumulate<T>, kLanes>::kThreads)
 /// How long a launch takes, for the choice of a plan. A multiprocessor runs `resident` blocks at a
 /// time; such a round takes `latency` per chunk however many they are, and `work` per chunk and
 /// block. The kernel that finds the states at the ends of segments adds `first_pass` of that, and
-/// starting it and pass_states `start`. In microseconds of an H100, where they were measured
-/// (November 2026); only their proportions matter.
+/// starting it and pass_states `start`. To begin and end a segment takes as long as two chunks. In
+/// microseconds of an H100, where they were measured (November 2026); only their proportions
+/// matter.
 struct ForwardCost {
   int resident;
   double latency, work, first_pass, start;
@@ -933,7 +941,7 @@ void choose_segments(ForwardPlan& plan, const SsdChunkScanParams& p, int64_t blo
     const int64_t share = ceil_div(p.batch * segments * blocks, multiprocessors);
     const double work = cost.work * (1 + cost.first_pass * (segments - 1) / segments);
     const double latency = cost.latency * (segments > 1 ? 1 + cost.first_pass : 1);
-    const double time = length * (latency * ceil_div(share, cost.resident) + work * share) +
+    const double time = (length + 2) * (latency * ceil_div(share, cost.resident) + work * share) +
                         (segments > 1 ? cost.start : 0);
     if (time < best) {
       best = time;
@@ -957,11 +965,12 @@ template <class Acc, class Kernel>
 void launch_segments(Kernel kernel, const SsdChunkScanParams& p, const ForwardPlan& plan,
                      int64_t blocks, int threads, cudaStream_t stream) {
   if (plan.segments.per_sequence > 1) {
-    constexpr int kThreads = 256;
-    const int64_t pass_blocks =
-        p.num_sequences * p.nheads * ceil_div(p.headdim * p.dstate, kThreads);
+    const int64_t pass_blocks = ceil_div(p.headdim * p.dstate, kPassThreads * kPassElements);
     launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, true);
-    if (pass_blocks > 0) launch_shared(pass_states<Acc>, pass_blocks, kThreads, 0, stream, p, plan);
+    if (pass_blocks > 0) {
+      launch_shared(pass_states<Acc>, p.num_sequences * p.nheads * pass_blocks, kPassThreads, 0,
+                    stream, p, plan, static_cast<unsigned>(pass_blocks));
+    }
   }
   launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, false);
 }
@@ -1000,8 +1009,9 @@ struct ChunkForward {
   using Layout = BlockLayout<T, kUnits, kStates>;
   ForwardPlan plan{};
   VectorRows<T> inputs[4];
-  int64_t tables;  // of steps
   size_t workspace_size;
+
+  int64_t chunks() const { return plan.segments.length / kChunk; }  // of a segment
 
   static bool fits() {
     return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >=
@@ -1020,17 +1030,15 @@ struct ChunkForward {
     plan.unit_blocks = static_cast<int>(ceil_div(p.nheads / p.ngroups * plan.panels, kUnits));
     plan.shared = sizeof(Layout);
     plan.vector_out = p.headdim % kTileVector == 0 && has_vector_rows<T>(p.out);
-    constexpr double kLatency = kUnits == 2      ? kStates == 128 ? 1.9 : 1.7
-                                : kStates == 128 ? 1.6
-                                                 : 1.35;
-    constexpr double kWork = kUnits == 2 ? kStates == 128 ? 3.1 : 2.1 : kStates == 128 ? 1.8 : 1.6;
+    // (latency, work) of [one or two units][64 or 128 states]
+    constexpr double kCosts[2][2][2] = {{{1.35, 1.6}, {1.6, 1.8}}, {{1.7, 2.1}, {2.1, 3.2}}};
+    const auto& own = kCosts[kUnits - 1][kStates / 64 - 1];
     const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)),
-                           kLatency, kWork, 0.5, 8};
+                           own[0], own[1], 0.43, 8};
     choose_segments(plan, p, p.ngroups * plan.unit_blocks, cost);
     Workspace workspace(base);
     take_states<float>(workspace, p, plan);
-    tables = plan.segments.slots * (plan.segments.length / kChunk) * p.nheads;
-    plan.steps = workspace.take<StepTable>(tables);
+    plan.steps = workspace.take<StepTable>(plan.segments.slots * chunks() * p.nheads);
     for (VectorRows<T>& input : inputs) input.take(workspace, p);
     workspace_size = workspace.size();
   }
@@ -1038,9 +1046,10 @@ struct ChunkForward {
   void launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
     SsdChunkScanParams q = p;
     for (const VectorRows<T>& input : inputs) input.use(q, stream);
-    constexpr int kThreads = 256;
-    launch_shared(make_step_tables<float>, ceil_div(tables * kWarpSize, kThreads), kThreads, 0,
-                  stream, q, plan);
+    const int64_t head_blocks = ceil_div(p.nheads, kTableWarps);
+    launch_shared(make_step_tables<float>, plan.segments.slots * chunks() * head_blocks,
+                  kTableWarps * kWarpSize, 0, stream, q, plan, static_cast<unsigned>(head_blocks),
+                  static_cast<unsigned>(chunks()));
     launch_segments<float>(forward_chunks<T, kUnits, kStates>, q, plan,
                            plan.segments.slots * p.ngroups * plan.unit_blocks, Layout::kThreads,
                            stream);
