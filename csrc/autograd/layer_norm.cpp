@@ -169,8 +169,8 @@ layer_norm_bwd_meta(const Tensor& dout, const OptionalTensor& dout1,
   OptionalTensor dresidual, dx1;
   if (which.own_dresidual) dresidual = empty_rows(dout, sum.scalar_type());
   if (which.own_dx1) dx1 = empty_rows(dout, T);
-  return {empty_rows(dout, T), at::empty_like(weight), empty_like(bias),  dresidual,
-          dx1,                 empty_like(weight1),    empty_like(bias1)};
+  return {empty_rows(dout, T), at::empty_like(weight), empty_like(bias), dresidual, dx1,
+          empty_like(weight1), empty_like(bias1)};
 }
 
 }  // namespace

@@ -14,12 +14,13 @@
 
 namespace mamba_ssm {
 
-std::tuple<Tensor, Tensor> ssd_chunk_scan(
-    const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-    const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
-    const OptionalTensor& initial_states, const OptionalTensor& seq_idx,
-    const OptionalTensor& cu_seqlens, bool dt_softplus, double dt_min,
-    std::optional<double> dt_max) {
+std::tuple<Tensor, Tensor> ssd_chunk_scan(const Tensor& x, const Tensor& dt, const Tensor& A,
+                                          const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                          const OptionalTensor& z, const OptionalTensor& dt_bias,
+                                          const OptionalTensor& initial_states,
+                                          const OptionalTensor& seq_idx,
+                                          const OptionalTensor& cu_seqlens, bool dt_softplus,
+                                          double dt_min, std::optional<double> dt_max) {
   static const auto op = find_op<decltype(ssd_chunk_scan)>("mamba_ssm::ssd_chunk_scan");
   return op.call(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus,
                  dt_min, dt_max);
@@ -50,14 +51,12 @@ struct SsdChunkScan : torch::autograd::Function<SsdChunkScan> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& dt,
                                const Tensor& A, const Tensor& B, const Tensor& C,
                                const OptionalTensor& D, const OptionalTensor& z,
-                               const OptionalTensor& dt_bias,
-                               const OptionalTensor& initial_states, const OptionalTensor& seq_idx,
-                               const OptionalTensor& cu_seqlens, bool dt_softplus, double dt_min,
-                               std::optional<double> dt_max) {
+                               const OptionalTensor& dt_bias, const OptionalTensor& initial_states,
+                               const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens,
+                               bool dt_softplus, double dt_min, std::optional<double> dt_max) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, final_states] =
-        ssd_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
-                       dt_softplus, dt_min, dt_max);
+    auto [out, final_states] = ssd_chunk_scan(x, dt, A, B, C, D, z, dt_bias, initial_states,
+                                              seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max);
     ctx->save_for_backward({x, dt, A, B, C, to_saved(D), to_saved(z), to_saved(dt_bias),
                             to_saved(initial_states), to_saved(seq_idx), to_saved(cu_seqlens)});
     ctx->saved_data["dt_softplus"] = dt_softplus;
@@ -141,8 +140,8 @@ ssd_chunk_scan_bwd_meta(const Tensor& dout, const OptionalTensor& dfinal_states,
   const auto sizes = check_ssd_chunk_scan(checks, x, dt, A, B, C, D, z, dt_bias, initial_states,
                                           seq_idx, cu_seqlens, dt_min, upper_limit(dt_max));
   check_ssd_chunk_scan_gradients(checks, sizes, x, dout, dfinal_states);
-  return {at::empty_like(x), at::empty_like(dt), at::empty_like(A),
-          at::empty_like(B), at::empty_like(C),  empty_like(D),
+  return {at::empty_like(x), at::empty_like(dt),  at::empty_like(A),
+          at::empty_like(B), at::empty_like(C),   empty_like(D),
           empty_like(z),     empty_like(dt_bias), empty_like(initial_states)};
 }
 

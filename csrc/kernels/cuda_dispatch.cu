@@ -24,24 +24,22 @@ auto for_element(DType dtype, F f) {
 }  // namespace
 
 CudaStatus causal_conv1d_fwd_cuda(const CausalConv1dParams& p, CudaStream stream) {
-  return for_element(
-      p.dtype, [&](auto t) { return launch_causal_conv1d_fwd<decltype(t)>(p, stream); });
+  return for_element(p.dtype,
+                     [&](auto t) { return launch_causal_conv1d_fwd<decltype(t)>(p, stream); });
 }
 
 size_t causal_conv1d_bwd_cuda_workspace(const CausalConv1dParams& p) {
-  return for_element(p.dtype,
-                     [&](auto t) { return workspace_causal_conv1d_bwd<decltype(t)>(p); });
+  return for_element(p.dtype, [&](auto t) { return workspace_causal_conv1d_bwd<decltype(t)>(p); });
 }
 
-CudaStatus causal_conv1d_bwd_cuda(const CausalConv1dParams& p, void* workspace,
-                                  CudaStream stream) {
+CudaStatus causal_conv1d_bwd_cuda(const CausalConv1dParams& p, void* workspace, CudaStream stream) {
   return for_element(
       p.dtype, [&](auto t) { return launch_causal_conv1d_bwd<decltype(t)>(p, workspace, stream); });
 }
 
 CudaStatus causal_conv1d_update_cuda(const CausalConv1dUpdateParams& p, CudaStream stream) {
-  return for_element(
-      p.dtype, [&](auto t) { return launch_causal_conv1d_update<decltype(t)>(p, stream); });
+  return for_element(p.dtype,
+                     [&](auto t) { return launch_causal_conv1d_update<decltype(t)>(p, stream); });
 }
 
 CudaStatus causal_conv1d_varlen_states_cuda(const CausalConv1dVarlenStatesParams& p,
@@ -51,8 +49,7 @@ CudaStatus causal_conv1d_varlen_states_cuda(const CausalConv1dVarlenStatesParams
 }
 
 size_t selective_scan_fwd_cuda_workspace(const SelectiveScanParams& p) {
-  return for_element(p.dtype,
-                     [&](auto t) { return workspace_selective_scan_fwd<decltype(t)>(p); });
+  return for_element(p.dtype, [&](auto t) { return workspace_selective_scan_fwd<decltype(t)>(p); });
 }
 
 CudaStatus selective_scan_fwd_cuda(const SelectiveScanParams& p, void* workspace,
@@ -63,8 +60,7 @@ CudaStatus selective_scan_fwd_cuda(const SelectiveScanParams& p, void* workspace
 }
 
 size_t selective_scan_bwd_cuda_workspace(const SelectiveScanParams& p) {
-  return for_element(p.dtype,
-                     [&](auto t) { return workspace_selective_scan_bwd<decltype(t)>(p); });
+  return for_element(p.dtype, [&](auto t) { return workspace_selective_scan_bwd<decltype(t)>(p); });
 }
 
 CudaStatus selective_scan_bwd_cuda(const SelectiveScanParams& p, void* workspace,
@@ -74,9 +70,62 @@ CudaStatus selective_scan_bwd_cuda(const SelectiveScanParams& p, void* workspace
   });
 }
 
+size_t ssd_chunk_scan_fwd_cuda_workspace(const SsdChunkScanParams& p) {
+  return for_element(p.dtype, [&](auto t) { return workspace_ssd_chunk_scan_fwd<decltype(t)>(p); });
+}
+
+CudaStatus ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, void* workspace,
+                                   CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) {
+    return launch_ssd_chunk_scan_fwd<decltype(t)>(p, workspace, stream);
+  });
+}
+
+size_t ssd_chunk_scan_bwd_cuda_workspace(const SsdChunkScanParams& p) {
+  return for_element(p.dtype, [&](auto t) { return workspace_ssd_chunk_scan_bwd<decltype(t)>(p); });
+}
+
+CudaStatus ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, void* workspace,
+                                   CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) {
+    return launch_ssd_chunk_scan_bwd<decltype(t)>(p, workspace, stream);
+  });
+}
+
 CudaStatus selective_state_update_cuda(const SelectiveStateUpdateParams& p, CudaStream stream) {
+  return for_element(p.dtype,
+                     [&](auto t) { return launch_selective_state_update<decltype(t)>(p, stream); });
+}
+
+CudaStatus rms_norm_gated_fwd_cuda(const RmsNormGatedParams& p, CudaStream stream) {
   return for_element(
-      p.dtype, [&](auto t) { return launch_selective_state_update<decltype(t)>(p, stream); });
+      p.dtype, [&](auto t) { return launch_rms_norm_gated_fwd<decltype(t)>(p, stream); });
+}
+
+size_t rms_norm_gated_bwd_cuda_workspace(const RmsNormGatedParams& p) {
+  return for_element(p.dtype,
+                     [&](auto t) { return workspace_rms_norm_gated_bwd<decltype(t)>(p); });
+}
+
+CudaStatus rms_norm_gated_bwd_cuda(const RmsNormGatedParams& p, void* workspace,
+                                   CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) {
+    return launch_rms_norm_gated_bwd<decltype(t)>(p, workspace, stream);
+  });
+}
+
+CudaStatus layer_norm_fwd_cuda(const LayerNormParams& p, CudaStream stream) {
+  return for_element(p.dtype,
+                     [&](auto t) { return launch_layer_norm_fwd<decltype(t)>(p, stream); });
+}
+
+size_t layer_norm_bwd_cuda_workspace(const LayerNormParams& p) {
+  return for_element(p.dtype, [&](auto t) { return workspace_layer_norm_bwd<decltype(t)>(p); });
+}
+
+CudaStatus layer_norm_bwd_cuda(const LayerNormParams& p, void* workspace, CudaStream stream) {
+  return for_element(
+      p.dtype, [&](auto t) { return launch_layer_norm_bwd<decltype(t)>(p, workspace, stream); });
 }
 
 const char* cuda_error_string(CudaStatus status) {

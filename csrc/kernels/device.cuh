@@ -144,34 +144,6 @@ __device__ __forceinline__ Acc silu_gradient(Acc x) {
   return s * (Acc(1) + x * (Acc(1) - s));
 }
 
-constexpr float kSoftplusThreshold = 20;
-
-/// log1p(exp(x)) up to the threshold, x above: max(x, 0) + log1p(e) with e = exp(-|x|), and a
-/// minimax polynomial of log1p(e) / e on [0, 1] (relative error 3e-8), because log2(1 + e) loses
-/// the digits of a small e.
-__device__ __forceinline__ float softplus(float x) {
-  const float e = fast_exp2(-fabsf(x) * kLog2E);
-  float q = 0.0052326931f;
-  q = fmaf(q, e, -0.029505240f);
-  q = fmaf(q, e, 0.078225955f);
-  q = fmaf(q, e, -0.13663246f);
-  q = fmaf(q, e, 0.19106007f);
-  q = fmaf(q, e, -0.24842982f);
-  q = fmaf(q, e, 0.33319098f);
-  q = fmaf(q, e, -0.49999493f);
-  q = fmaf(q, e, 0.99999994f);
-  const float y = fmaf(q, e, fmaxf(x, 0.0f));
-  return x > kSoftplusThreshold ? x : y;
-}
-__device__ __forceinline__ double softplus(double x) {
-  return x > kSoftplusThreshold ? x : log1p(exp(x));
-}
-
-template <class Acc>
-__device__ __forceinline__ Acc softplus_gradient(Acc x) {
-  return x > kSoftplusThreshold ? Acc(1) : sigmoid(x);
-}
-
 /// 16 bytes of T in a register quad: `kSize` elements moved by one instruction.
 template <class T>
 struct alignas(16) Vector {

@@ -6,8 +6,11 @@
 
 #include "causal_conv1d.h"
 #include "device.cuh"
+#include "layer_norm.h"
+#include "rms_norm_gated.h"
 #include "selective_scan.h"
 #include "selective_state_update.h"
+#include "ssd_chunk_scan.h"
 
 namespace mamba_ssm::kernels {
 
@@ -36,6 +39,33 @@ CudaStatus launch_selective_scan_bwd(const SelectiveScanParams& p, void* workspa
                                      CudaStream stream);
 
 template <class T>
+size_t workspace_ssd_chunk_scan_fwd(const SsdChunkScanParams& p);
+template <class T>
+CudaStatus launch_ssd_chunk_scan_fwd(const SsdChunkScanParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
+size_t workspace_ssd_chunk_scan_bwd(const SsdChunkScanParams& p);
+template <class T>
+CudaStatus launch_ssd_chunk_scan_bwd(const SsdChunkScanParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
 CudaStatus launch_selective_state_update(const SelectiveStateUpdateParams& p, CudaStream stream);
+
+template <class T>
+CudaStatus launch_rms_norm_gated_fwd(const RmsNormGatedParams& p, CudaStream stream);
+template <class T>
+size_t workspace_rms_norm_gated_bwd(const RmsNormGatedParams& p);
+template <class T>
+CudaStatus launch_rms_norm_gated_bwd(const RmsNormGatedParams& p, void* workspace,
+                                     CudaStream stream);
+
+template <class T>
+CudaStatus launch_layer_norm_fwd(const LayerNormParams& p, CudaStream stream);
+template <class T>
+size_t workspace_layer_norm_bwd(const LayerNormParams& p);
+template <class T>
+CudaStatus launch_layer_norm_bwd(const LayerNormParams& p, void* workspace, CudaStream stream);
 
 }  // namespace mamba_ssm::kernels

@@ -5,8 +5,9 @@
 //   out1 = the same with weight1 and bias1
 //
 // where dropout(v) is v / (1 - dropout_p) at channels whose mask is true and 0 elsewhere, mean and
-// var = mean((sum - mean)^2) are taken over the channels of a row, and mean is 0 for is_rms_norm. In
-// float32 (float64 for float64): out is formed from the sum before it is rounded to residual_out.
+// var = mean((sum - mean)^2) are taken over the channels of a row, and mean is 0 for is_rms_norm.
+// In float32 (float64 for float64): out is formed from the sum before it is rounded to
+// residual_out.
 //
 //   tensor                        shape               dtype
 //   x, x1, out, out1              (rows, channels)    T: float32, float16, bfloat16, float64
@@ -21,8 +22,8 @@
 //   dsum = (g - mean(g) - n mean(n g)) / sqrt(var + eps) + dresidual_out
 //
 // with n the normalized sum, g = dout weight + dout1 weight1 and without the second term for
-// is_rms_norm. dresidual is dsum, dx and dx1 are dsum as dropout and rowscale pass it on. Strides are
-// arbitrary.
+// is_rms_norm. dresidual is dsum, dx and dx1 are dsum as dropout and rowscale pass it on. Strides
+// are arbitrary.
 // Source: LayerNorm (arXiv 1607.06450), RMSNorm (arXiv 1910.07467).
 #pragma once
 

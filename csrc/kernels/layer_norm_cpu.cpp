@@ -1,8 +1,7 @@
 // Fused residual addition and normalization on CPU: a work item is a row, of the backward a block
 // of rows. Passes over a row read its inputs again, from the cache, instead of keeping anything.
-#include "layer_norm.h"
-
 #include "cpu.h"
+#include "layer_norm.h"
 #include "row_norm_simd.h"
 
 namespace mamba_ssm::kernels::MAMBA_SSM_ISA {
@@ -65,9 +64,8 @@ void backward_row(const LayerNormParams& p, int64_t row, const PartialSum<S> (&s
   const Line<S> weight = line<S>(p.weight, 0), weight1 = line<S>(p.weight1, 0);
   const S rowscale = rowscale_of<S>(p, row);
 
-  const Statistics<S> stats =
-      statistics<S>(p.channels, p.is_rms_norm, p.eps,
-                    [&](int64_t c, int count) { return sum.load(c, count); });
+  const Statistics<S> stats = statistics<S>(
+      p.channels, p.is_rms_norm, p.eps, [&](int64_t c, int count) { return sum.load(c, count); });
   const auto gradient_of_n = [&](int64_t c, int count) {
     const V g = dout.load(c, count) * weight.load(c, count);
     return dout1 ? g + dout1.load(c, count) * weight1.load(c, count) : g;

@@ -1,7 +1,7 @@
 // Marks of packed sequences, CPU. Work item: one row.
-#include "packed_sequences.h"
-
 #include <algorithm>
+
+#include "packed_sequences.h"
 
 namespace mamba_ssm::kernels {
 namespace {

@@ -38,8 +38,8 @@ struct RmsNormGatedParams {
 };
 
 // CPU: independent work items of a call, and bytes of the workspace that holds the sums of dweight
-// and dbias over blocks of rows; the kernels themselves are in cpu.h. The blocks depend on the sizes
-// alone, and are added in order.
+// and dbias over blocks of rows; the kernels themselves are in cpu.h. The blocks depend on the
+// sizes alone, and are added in order.
 int64_t rms_norm_gated_fwd_items(const RmsNormGatedParams& p);
 int64_t rms_norm_gated_bwd_items(const RmsNormGatedParams& p);
 int64_t rms_norm_gated_bwd_reduce_items(const RmsNormGatedParams& p);

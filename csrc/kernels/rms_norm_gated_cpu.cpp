@@ -1,8 +1,7 @@
 // Gated normalization on CPU: a work item is a row, of the backward a block of rows. Passes over a
 // group read its inputs again, from the cache, instead of keeping anything.
-#include "rms_norm_gated.h"
-
 #include "cpu.h"
+#include "rms_norm_gated.h"
 #include "row_norm_simd.h"
 
 namespace mamba_ssm::kernels::MAMBA_SSM_ISA {
@@ -64,11 +63,11 @@ void backward_row(const RmsNormGatedParams& p, int64_t row, PartialSum<S> dweigh
       const V v = dout.load(c, count);
       return group.gate_last ? v * silu(group.z.load(c, count)) : v;
     };
-    const NormGradient<S> gradient(
-        p.group_size, p.is_rms_norm, group.stats.rstd, [&](int64_t c, int count, V& n, V& g) {
-          n = group.stats.normalize(group.source(c, count));
-          g = dnorm(c, count) * group.weight.load(c, count);
-        });
+    const NormGradient<S> gradient(p.group_size, p.is_rms_norm, group.stats.rstd,
+                                   [&](int64_t c, int count, V& n, V& g) {
+                                     n = group.stats.normalize(group.source(c, count));
+                                     g = dnorm(c, count) * group.weight.load(c, count);
+                                   });
     for_vectors(p.group_size, [&](int64_t c, int count) {
       const V n = group.stats.normalize(group.source(c, count));
       const V g = dnorm(c, count);

@@ -18,7 +18,6 @@
 // with the state's gradient, carry_{t-1} = a_t (carry_t + dy_t C_t).
 #pragma once
 
-#include <cuda_runtime.h>
 #include <mamba_ssm/limits.h>
 
 #include <algorithm>
@@ -26,6 +25,7 @@
 
 #include "device.cuh"
 #include "packed_sequences.h"
+#include "scan.cuh"
 #include "selective_scan.h"
 
 namespace mamba_ssm::kernels {
@@ -46,13 +46,6 @@ constexpr int kThreads = kWarps * kWarpSize;
 /// Floats of a plane with `depth` rows per lane: 8 more than its rows, so that the four quarters of
 /// a row, each in a plane of its own, fall into different banks as well.
 __host__ __device__ constexpr int plane_size(int depth) { return depth * kRows * kPitch + 8; }
-
-/// x, hidden from the compiler: what is computed from it in a loop is computed there again, instead
-/// of being kept in registers that the walk over a tile needs more.
-__device__ __forceinline__ int recomputed(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 /// x[d] for a d known at run time, without an array in memory.
 template <int kDepth>
@@ -310,12 +303,6 @@ __device__ __forceinline__ void clear_tokens(unsigned mask, int part, float (&x)
   for (int j = 0; j < kTokens; ++j) {
     if (mask >> (part * kTokens + j) & 1) x[j] = 0;
   }
-}
-
-/// Element c of an optional parameter; 0 if absent.
-template <class Acc>
-__device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
-  return given(v) ? load_as<Acc>(v.data, v.dtype, c * v.stride[0]) : Acc(0);
 }
 
 // ---- Matrices and states -----------------------------------------------------------------------
@@ -725,14 +712,6 @@ constexpr int64_t kMaxSharedStates = 256;  // the state of a row lives in shared
 constexpr int64_t kMaxSize = int64_t{1} << 30;
 constexpr int64_t kMinGroupChannels = 4;  // with fewer, most rows of a warp would be empty
 
-inline int64_t device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
 /// True if the shared path takes a call; the generic kernels take every other one.
 template <class T>
 bool takes_shared_path(const SelectiveScanParams& p) {
@@ -787,41 +766,11 @@ inline ScanPlan plan_scan(const SelectiveScanParams& p, int block_channels, cons
   return plan;
 }
 
-/// Parts of a workspace, each on a 256-byte boundary; the first pass, without a base, only counts.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class U>
-  U* take(int64_t count) {
-    U* part = reinterpret_cast<U*>(base_ + size_);
-    size_ += ceil_div(count * static_cast<int64_t>(sizeof(U)), 256) * 256;
-    return part;
-  }
-  size_t size() const { return size_; }
-
- private:
-  char* base_;
-  size_t size_ = 0;
-};
-
 inline SegmentSums take_segment_sums(Workspace& workspace, const SelectiveScanParams& p,
                                      const ScanPlan& plan) {
   if (plan.segments == 1) return {};
   const int64_t rows = p.batch * plan.segments * p.dim;
   return {workspace.take<float>(rows * p.dstate), workspace.take<float>(rows)};
-}
-
-/// Launches `kernel` with more shared memory than a launch gets unasked, if it takes that.
-template <class... Parameters, class... Arguments>
-void launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
-                   cudaStream_t stream, const Arguments&... arguments) {
-  constexpr size_t kUnasked = 48 * 1024;
-  if (bytes > kUnasked) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(bytes));
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
 }
 
 template <class T, bool kReverse>

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "launch.cuh"
+#include "scan.cuh"
 
 namespace mamba_ssm::kernels {
 namespace {

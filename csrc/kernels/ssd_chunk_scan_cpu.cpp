@@ -148,8 +148,19 @@ struct Tile {
   }
 };
 
+/// Prefetches a widest tile of a matrix.
+template <class S>
+inline void prefetch_tile(const S* m, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      __builtin_prefetch(m + r * stride + v * kNativeLanes<S>, 0, 2);
+    }
+  }
+}
+
+// A function of its own, since GCC spills sums when such loops are parts of a larger one.
 template <class S, int kVectors, class F>
-inline void for_each_tile_of_width(int64_t rows, int64_t col, F& f) {
+__attribute__((noinline)) void for_each_tile_of_width(int64_t rows, int64_t col, F& f) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     Tile<S, kVectors> tile;
     f(tile, row, col);
@@ -191,6 +202,14 @@ inline void transpose_matrix(const Matrix<double>& from, int64_t rows, int64_t c
   for (int64_t i = 0; i < round_up(rows, kLanes); ++i) {
     for (int64_t j = 0; j < round_up(cols, kLanes); ++j) to[j][i] = from[i][j];
   }
+}
+
+/// v in the lanes from `lane` on, 0 before.
+template <class S>
+inline Vector<S> from_lane(int lane, Vector<S> v) {
+  Vector<S> index;
+  for (int i = 0; i < kLanes; ++i) index[i] = static_cast<S>(i);
+  return index >= static_cast<S>(lane) ? v : Vector<S>{};
 }
 
 // ---- Work items and chunks
@@ -333,6 +352,17 @@ void store_row(const TokenRows& rows, int64_t token, const S* row) {
   });
 }
 
+/// Prefetches the row of one token, if it is one run in memory.
+inline void prefetch_row(const TokenRows& rows, int64_t token) {
+  asm volatile("");  // else GCC drops the call: a function of prefetches alone has no effect
+  if (rows.stride != 1) return;
+  constexpr int64_t kLine = 64;
+  const int64_t size = rows.dtype == DType::kFloat32 ? 4 : rows.dtype == DType::kFloat64 ? 8 : 2;
+  const char* const row =
+      static_cast<const char*>(rows.data) + (rows.offset + token * rows.token_stride) * size;
+  for (int64_t at = 0; at < rows.length * size; at += kLine) __builtin_prefetch(row + at, 0, 2);
+}
+
 template <class S>
 void clear_row(const TokenRows& rows, int64_t token) {
   for (int64_t k = 0; k < rows.length; ++k) {
@@ -443,6 +473,13 @@ struct Scan {
   Matrix<S> mix;    // (j, i): decay * BC
   Matrix<S> y;      // (token, headdim)
 
+  /// What is read and written next: rows of a head in tensors (batch, seqlen, nheads, headdim),
+  /// from a token on.
+  struct Next {
+    int64_t head, token;
+    const View<4>* tensors[5];
+  } next{};
+
   explicit Scan(const SsdChunkScanParams& params)
       : p(params),
         B(kChunk, p.dstate),
@@ -462,12 +499,14 @@ struct Scan {
     return token_rows(v, item.b, head, p.headdim);
   }
 
+  /// The tokens from `begin` on, and B.
   void load_chunk(int64_t begin) {
     chunk = chunk_at(p, item, begin);
     padded = round_up(chunk.count, kLanes);
     load_rows(token_rows(p.B, item.b, item.group, p.dstate), chunk, B);
   }
 
+  /// C, and the products of B and C.
   void load_C() {
     load_rows(token_rows(p.C, item.b, item.group, p.dstate), chunk, C);
     transpose_matrix(C, chunk.count, p.dstate, Ct);
@@ -522,23 +561,19 @@ struct Scan {
 
   void load_inputs(int64_t head) {
     load_rows(rows(p.x, head), chunk, x);
-    for (int i = 0; i < padded; ++i) {
-      for (int64_t k = 0; k < p.headdim; k += kLanes) {
-        store(u[i] + k, steps.d[i] * load(x[i] + k));
-      }
-    }
+    scale_rows(x, steps.d, u);
   }
 
+  /// What every token of the chunk gives to every later one.
   void mix_tokens() {
     for (int j = 0; j < chunk.count; ++j) {
       const int first = j / kLanes * kLanes;
       for (int i = first; i < padded; i += kLanes) {
-        store(decay[j] + i, exp_precise((load(steps.c + i) - steps.c[j]) +
-                                        (load(steps.c_rest + i) - steps.c_rest[j])));
-      }
-      for (int i = first; i < j; ++i) decay[j][i] = S(0);
-      for (int i = first; i < padded; i += kLanes) {
-        store(mix[j] + i, load(decay[j] + i) * load(BC[j] + i));
+        const V between = exp_precise((load(steps.c + i) - steps.c[j]) +
+                                      (load(steps.c_rest + i) - steps.c_rest[j]));
+        const V causal = i == first ? from_lane<S>(j - first, between) : between;
+        store(decay[j] + i, causal);
+        store(mix[j] + i, causal * load(BC[j] + i));
       }
     }
   }
@@ -556,19 +591,43 @@ struct Scan {
     });
   }
 
+  /// After head h of the chunk comes the next one, or the first one in the chunk at next_chunk.
+  void plan(int64_t h, int64_t next_chunk) {
+    const bool last = h + 1 == item.heads;
+    next.head = item.head + (last ? 0 : h + 1);
+    next.token = last ? next_chunk : chunk.begin;
+  }
+
+  /// Prefetches what comes next, in parts: one with each row of tiles of a state. Runs of headdim
+  /// elements a token apart are too short for the hardware to foresee.
+  void prefetch_next(int64_t tile_row) const {
+    const int64_t first = next.token + kChunk * tile_row / state_rows();
+    const int64_t last = next.token + kChunk * (tile_row + kTileRows) / state_rows();
+    for (const View<4>* tensor : next.tensors) {
+      if (!tensor || !*tensor) continue;
+      for (int64_t t = first; t < last && t < item.end; ++t) {
+        prefetch_row(rows(*tensor, next.head), t);
+      }
+    }
+  }
+
   /// The state after the chunk from the one before; null: from 0. Uses u up.
   void advance(const S* before, S* after, int64_t stride) {
-    scale_rows(u, steps.to_end);
+    scale_rows(u, steps.to_end, u);
     for_each_tile<S>(p.dstate, p.headdim, [&](auto& tile, int64_t n, int64_t k) {
+      if (k == 0) prefetch_next(n);
+      if (after != before) prefetch_tile(after + (n + 4 * kTileRows) * stride + k, stride);
       if (before) tile.add(steps.decay, before + n * stride + k, stride);
       tile.add_product(B[0] + n, 1, B.stride, u[0] + k, u.stride, chunk.count);
       tile.store(after + n * stride + k, stride);
     });
   }
 
-  void scale_rows(Matrix<S>& m, const S* factors) const {
-    for (int i = 0; i < chunk.count; ++i) {
-      for (int64_t k = 0; k < p.headdim; k += kLanes) store(m[i] + k, factors[i] * load(m[i] + k));
+  void scale_rows(const Matrix<S>& m, const S* factors, Matrix<S>& to) const {
+    for (int i = 0; i < padded; ++i) {
+      for (int64_t k = 0; k < p.headdim; k += kLanes) {
+        store(to[i] + k, factors[i] * load(m[i] + k));
+      }
     }
   }
 
@@ -600,7 +659,9 @@ struct Forward : Scan<S> {
       : Base(params),
         D(heads, p.headdim),
         states(heads * state_rows(), p.headdim),
-        z(kChunk, p.headdim) {}
+        z(kChunk, p.headdim) {
+    Base::next = {0, 0, {&p.x, &p.z, &p.out}};
+  }
 
   S* state(int64_t h) { return states[h * state_rows()]; }
 
@@ -617,7 +678,10 @@ struct Forward : Scan<S> {
       Base::load_chunk(begin);
       Base::load_C();
       from_zero |= chunk.resets;
-      for (int64_t h = 0; h < item.heads; ++h) run_head(h, from_zero);
+      for (int64_t h = 0; h < item.heads; ++h) {
+        Base::plan(h, chunk.end);
+        run_head(h, from_zero);
+      }
       from_zero = false;
     }
     for (int64_t h = 0; h < item.heads; ++h) {
@@ -654,8 +718,8 @@ struct Forward : Scan<S> {
 
 // ---- Backward
 
-/// Bytes of states that an item keeps at a time, as far as that is possible without keeping less
-/// than a square root of them.
+/// Bytes of states that an item keeps at a time, unless it has so many that segments of a square
+/// root of them take more.
 constexpr int64_t kKeptBytes = int64_t{16} << 20;
 
 /// Gradients of one item. Its chunks are divided into segments. The state before each segment is
@@ -671,16 +735,17 @@ struct Backward : Scan<S> {
   S* const workspace;
   int64_t segment;         // chunks of a segment
   Matrix<int64_t> begins;  // (1, chunk)
-  Matrix<S> states;        // (slot, head and state; headdim): see before_chunk
+  Matrix<S> states;        // (slot and head and state, headdim): see slot_of
   Matrix<S> dstates;       // (head and state, headdim): gradient of the state after, before a chunk
   Matrix<S> D;             // (head, headdim)
   Matrix<double> dD;       // (head, headdim)
   Matrix<double> dA, ddt_bias;  // (1, head)
   // Of a chunk.
-  Matrix<S> Bt;        // (state, token)
-  Matrix<S> dBt, dCt;  // (state, token): through the states, sum over the heads
-  Matrix<S> dBC;       // (j, i): gradient of B_j . C_i, sum over the heads
-  Matrix<S> dtokens;   // (token, state): dB or dC
+  Matrix<S> Bt;                   // (state, token)
+  Matrix<S> dBt, dCt;             // (state, token): through the states, sum over the heads
+  Matrix<S> dBC;                  // (j, i): gradient of B_j . C_i, sum over the heads
+  Matrix<S> dtokens;              // (token, state): dB or dC
+  const S* next_state = nullptr;  // the one that comes next, to be prefetched
   // Of a chunk of one head.
   Matrix<S> z, dy, du;  // (token, headdim); dz in place of z
   Matrix<S> ut, dyt;    // (headdim, token)
@@ -720,13 +785,13 @@ struct Backward : Scan<S> {
     return segment > 0 ? segment : 1;
   }
 
-  S* slot(int64_t index, int64_t h) { return states[(index * item.heads + h) * state_rows()]; }
+  S* state(int64_t slot, int64_t h) { return states[(slot * item.heads + h) * state_rows()]; }
   S* dstate(int64_t h) { return dstates[h * state_rows()]; }
 
-  /// The state before chunk c. The first slots hold those of first chunks of segments, the others
-  /// those of the other chunks of the segment at hand.
-  S* before_chunk(int64_t c, int64_t segments, int64_t h) {
-    return c % segment == 0 ? slot(c / segment, h) : slot(segments + c % segment, h);
+  /// Where the state before chunk c is. The first slots are for the first chunks of segments, the
+  /// others for the other chunks of the segment at hand.
+  int64_t slot_of(int64_t c, int64_t segments) const {
+    return c % segment == 0 ? c / segment : segments + c % segment;
   }
 
   void run(const Item& work) {
@@ -745,16 +810,23 @@ struct Backward : Scan<S> {
     int64_t initial;
     const bool has_initial = initial_state_of(p, item.sequence, &initial);
     for (int64_t h = 0; h < item.heads && has_initial && chunks > 0; ++h) {
-      load_state(p.initial_states, initial, item.head + h, p.headdim, p.dstate, slot(0, h),
+      load_state(p.initial_states, initial, item.head + h, p.headdim, p.dstate, state(0, h),
                  states.stride);
     }
-    for (int64_t s = 0; s + 1 < segments; ++s) {
-      for (int64_t c = s * segment; c < (s + 1) * segment; ++c) {
-        advance_chunk(
-            c, c == 0 && !has_initial,
-            [&](int64_t h) { return slot(c == s * segment ? s : s + 1, h); },
-            [&](int64_t h) { return slot(s + 1, h); });
+    const auto from_zero = [&](int64_t c) { return chunk.resets || (c == 0 && !has_initial); };
+    const auto advance = [&](int64_t c, int64_t slot_before, int64_t slot_after) {
+      Base::load_chunk(begins[0][c]);
+      for (int64_t h = 0; h < item.heads; ++h) {
+        Base::plan(h, chunk.end);
+        Base::load_steps(item.head + h);
+        Base::load_inputs(item.head + h);
+        Base::advance(from_zero(c) ? nullptr : state(slot_before, h), state(slot_after, h),
+                      states.stride);
       }
+    };
+    Base::next = {0, 0, {&p.x}};
+    for (int64_t c = 0; c < (segments - 1) * segment; ++c) {
+      advance(c, c / segment + (c % segment == 0 ? 0 : 1), c / segment + 1);
     }
 
     bool no_gradient = !p.dfinal_states;  // the gradient of the state after the chunk is 0
@@ -764,16 +836,19 @@ struct Backward : Scan<S> {
     }
     for (int64_t s = segments; s-- > 0;) {
       const int64_t end = least((s + 1) * segment, chunks);
+      Base::next = {0, 0, {&p.x}};
       for (int64_t c = s * segment; c + 1 < end; ++c) {
-        advance_chunk(
-            c, c == 0 && !has_initial, [&](int64_t h) { return before_chunk(c, segments, h); },
-            [&](int64_t h) { return before_chunk(c + 1, segments, h); });
+        advance(c, slot_of(c, segments), slot_of(c + 1, segments));
       }
+      Base::next = {0, 0, {&p.x, &p.dout, &p.dx, &p.z, &p.dz}};
       for (int64_t c = end; c-- > s * segment;) {
         load_chunk(begins[0][c]);
-        const bool from_zero = chunk.resets || (c == 0 && !has_initial);
         for (int64_t h = 0; h < item.heads; ++h) {
-          run_head(h, from_zero ? nullptr : before_chunk(c, segments, h),
+          Base::plan(h, c > 0 ? begins[0][c - 1] : item.end);
+          next_state = h + 1 < item.heads ? state(slot_of(c, segments), h + 1)
+                       : c > s * segment  ? state(slot_of(c - 1, segments), 0)
+                                          : nullptr;
+          run_head(h, from_zero(c) ? nullptr : state(slot_of(c, segments), h),
                    no_gradient ? nullptr : dstate(h));
         }
         store_chunk();
@@ -783,27 +858,10 @@ struct Backward : Scan<S> {
     store_item(has_initial, initial, no_gradient);
   }
 
-  template <class Before, class After>
-  void advance_chunk(int64_t c, bool from_zero, Before before, After after) {
-    Base::load_chunk(begins[0][c]);
-    from_zero |= chunk.resets;
-    for (int64_t h = 0; h < item.heads; ++h) {
-      Base::load_steps(item.head + h);
-      Base::load_inputs(item.head + h);
-      Base::advance(from_zero ? nullptr : before(h), after(h), states.stride);
-    }
-  }
-
   void load_chunk(int64_t begin) {
     Base::load_chunk(begin);
     Base::load_C();
     transpose_matrix(Base::B, chunk.count, p.dstate, Bt);
-    for (int64_t n = 0; n < state_rows(); ++n) {
-      for (int i = 0; i < padded; ++i) dBt[n][i] = dCt[n][i] = S(0);
-    }
-    for (int j = 0; j < padded; ++j) {
-      for (int i = 0; i < padded; ++i) dBC[j][i] = S(0);
-    }
   }
 
   /// state, dstate: of the state before the chunk, and the gradient of the one after; null: 0.
@@ -815,11 +873,12 @@ struct Backward : Scan<S> {
     load_dy(h, state);
     transpose_matrix(Base::u, chunk.count, p.headdim, ut);
     transpose_matrix(dy, chunk.count, p.headdim, dyt);
-    pair_gradients();
+    pair_gradients(h == 0);
     input_gradients(dstate);
-    state_gradients(state, dyt, steps.from_start, Base::Ct, dCt, at_start);
-    state_gradients(dstate, ut, steps.to_end, Bt, dBt, at_end);
-    store_inputs(h, state && dstate ? steps.decay * inner_product(state, dstate) : S(0));
+    const S product = state && dstate ? inner_product(state, dstate) : S(0);
+    state_gradients(h == 0, state, dyt, steps.from_start, Base::Ct, dCt, at_start);
+    state_gradients(h == 0, dstate, ut, steps.to_end, Bt, dBt, at_end);
+    store_inputs(h, steps.decay * product);
     if (!chunk.resets) retreat(dstate, this->dstate(h));
   }
 
@@ -844,18 +903,19 @@ struct Backward : Scan<S> {
   }
 
   /// Gradients of decay and BC, whose product is mix.
-  void pair_gradients() {
+  void pair_gradients(bool first) {
     for_each_tile<S>(chunk.count, padded, [&](auto& tile, int64_t j, int64_t i) {
       tile.add_product(Base::u[j], Base::u.stride, 1, dyt[0] + i, dyt.stride, p.headdim);
       auto dBC_tile = tile;
       tile.multiply(Base::mix[j] + i, Base::mix.stride);
       tile.store(pairs[j] + i, pairs.stride);
       dBC_tile.multiply(Base::decay[j] + i, Base::decay.stride);
-      dBC_tile.add(S(1), dBC[j] + i, dBC.stride);
+      if (!first) dBC_tile.add(S(1), dBC[j] + i, dBC.stride);
       dBC_tile.store(dBC[j] + i, dBC.stride);
     });
   }
 
+  /// du, the gradient of u.
   void input_gradients(const S* dstate) {
     for_each_tile<S>(chunk.count, p.headdim, [&](auto& tile, int64_t j, int64_t k) {
       if (dstate) {
@@ -870,20 +930,22 @@ struct Backward : Scan<S> {
 
   /// Tokens couple to a state through Mt: adds factors_i state tokens_i to gradient column i, and
   /// leaves its product with column i of Mt, the gradient of the factor's exponent, in dexponent.
-  void state_gradients(const S* state, const Matrix<S>& tokens, const S* factors,
+  void state_gradients(bool first, const S* state, const Matrix<S>& tokens, const S* factors,
                        const Matrix<S>& Mt, Matrix<S>& gradient, S* dexponent) {
     for (int i = 0; i < padded; ++i) dexponent[i] = S(0);
-    if (!state) return;
+    if (!state && !first) return;
     for_each_tile<S>(p.dstate, padded, [&](auto& tile, int64_t n, int64_t i) {
+      if (!state) return tile.store(gradient[n] + i, gradient.stride);
       tile.add_product(state + n * states.stride, states.stride, 1, tokens[0] + i, tokens.stride,
                        p.headdim);
       tile.scale_columns(factors + i);
       tile.add_column_products(Mt[n] + i, Mt.stride, dexponent + i);
-      tile.add(S(1), gradient[n] + i, gradient.stride);
+      if (!first) tile.add(S(1), gradient[n] + i, gradient.stride);
       tile.store(gradient[n] + i, gradient.stride);
     });
   }
 
+  /// Of two states.
   S inner_product(const S* a, const S* b) const {
     V sum = {};
     for (int64_t n = 0; n < p.dstate; ++n) {
@@ -902,8 +964,7 @@ struct Backward : Scan<S> {
     V prefix[kChunk / kLanes] = {}, rows[kLanes];
     for (int s = 0; s < padded; ++s) {
       const int first = s / kLanes, lane = s % kLanes;
-      V sum = {};
-      for (int i = lane; i < kLanes; ++i) sum[i] = prefix[first][i];
+      V sum = from_lane<S>(lane, prefix[first]);
       for (int v = first + 1; v < padded / kLanes; ++v) sum = sum + prefix[v];
       rows[lane] = sum;
       for (int v = first; v < padded / kLanes && s < chunk.count; ++v) {
@@ -913,8 +974,9 @@ struct Backward : Scan<S> {
     }
   }
 
-  /// dx, ddt and the sums over time; dstep: the part of the gradient of d A that all tokens share.
-  void store_inputs(int64_t h, S dstep) {
+  /// dx, ddt and the sums over time. ddecay: the gradient of the exponent of Steps::decay, in which
+  /// the d A of all tokens are.
+  void store_inputs(int64_t h, S ddecay) {
     const int64_t head = item.head + h;
     const TokenRows dx = Base::rows(p.dx, head);
     alignas(64) S dd[kChunk], dstep_pairs[kChunk];
@@ -943,17 +1005,17 @@ struct Backward : Scan<S> {
       store_as(p.ddt.data, p.ddt.dtype, offset + t * p.ddt.stride[1], x);
     };
     double before = 0, after = 0;  // at_end before token i, at_start from token i on
-    double dstep_i[kChunk];
+    double dstep[kChunk];          // gradient of d A
     for (int i = chunk.count; i-- > 0;) {
       after += at_start[i];
-      dstep_i[i] = dstep + dstep_pairs[i] + after;
+      dstep[i] = ddecay + dstep_pairs[i] + after;
     }
     for (int i = 0; i < chunk.count; ++i) {
-      dstep_i[i] += before;
+      dstep[i] += before;
       before += at_end[i];
-      const double ddt = (dd[i] + A * dstep_i[i]) * steps.slope[i];
+      const double ddt = (dd[i] + A * dstep[i]) * steps.slope[i];
       store_ddt(chunk.tokens[i], ddt);
-      dA[0][h] += steps.d[i] * dstep_i[i];
+      dA[0][h] += steps.d[i] * dstep[i];
       ddt_bias[0][h] += ddt;
     }
     for_each_padding(p, item, chunk, [&](int64_t t) {
@@ -964,8 +1026,10 @@ struct Backward : Scan<S> {
 
   /// The gradient of the state before the chunk from that of the one after. Uses dy up.
   void retreat(const S* after, S* before) {
-    Base::scale_rows(dy, steps.from_start);
+    Base::scale_rows(dy, steps.from_start, dy);
     for_each_tile<S>(p.dstate, p.headdim, [&](auto& tile, int64_t n, int64_t k) {
+      if (k == 0) Base::prefetch_next(n);
+      if (next_state) prefetch_tile(next_state + n * states.stride + k, states.stride);
       if (after) tile.add(steps.decay, after + n * dstates.stride + k, dstates.stride);
       tile.add_product(Base::C[0] + n, 1, Base::C.stride, dy[0] + k, dy.stride, chunk.count);
       tile.store(before + n * dstates.stride + k, dstates.stride);
@@ -1012,7 +1076,7 @@ struct Backward : Scan<S> {
       for (int64_t k = 0; k < p.headdim && p.dD; ++k) {
         workspace[at.dD + row * p.headdim + k] = static_cast<S>(dD[h][k]);
       }
-      if (has_initial) {
+      if (has_initial && p.dinitial_states) {
         store_state(p.dinitial_states, initial, head, p.headdim, p.dstate,
                     no_gradient ? nullptr : dstate(h), dstates.stride);
       }

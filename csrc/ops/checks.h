@@ -117,8 +117,8 @@ class Checks {
   }
 
   /// `tensor` has the shape of `other`, or that without its last axis.
-  void shape_of(const char* name, const Tensor& tensor, const char* other_name,
-                const Tensor& other, bool without_last = false) const {
+  void shape_of(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other,
+                bool without_last = false) const {
     device(name, tensor);
     const int64_t rank = other.dim() - (without_last ? 1 : 0);
     bool same = tensor.dim() == rank;

@@ -5,18 +5,15 @@
 
 namespace mamba_ssm::ops {
 
-/// Parameters and masks, which forward and backward share. `rows`, called `rows_name`, has the shape
-/// of x and its type.
+/// Parameters and masks, which forward and backward share. `rows`, called `rows_name`, has the
+/// shape of x and its type.
 template <class Access, class Tensor = typename Access::Tensor>
-void check_layer_norm_parameters(const Checks<Access>& checks, const char* rows_name,
-                                 const Tensor& rows, const Tensor& weight,
-                                 const std::optional<Tensor>& bias,
-                                 const std::optional<Tensor>& weight1,
-                                 const std::optional<Tensor>& bias1,
-                                 const std::optional<Tensor>& rowscale,
-                                 const std::optional<Tensor>& dropout_mask,
-                                 const std::optional<Tensor>& dropout_mask1, bool has_x1,
-                                 double dropout_p) {
+void check_layer_norm_parameters(
+    const Checks<Access>& checks, const char* rows_name, const Tensor& rows, const Tensor& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& weight1,
+    const std::optional<Tensor>& bias1, const std::optional<Tensor>& rowscale,
+    const std::optional<Tensor>& dropout_mask, const std::optional<Tensor>& dropout_mask1,
+    bool has_x1, double dropout_p) {
   checks.has_axis(rows_name, rows, "channels");
   checks.activation(rows_name, rows);
   const ScalarType T = rows.scalar_type();
@@ -100,8 +97,8 @@ void check_layer_norm_gradients(
   }
 }
 
-/// Whether the gradients of residual and x1 differ from that of x, so that they are tensors of their
-/// own. `T`: type of x; `sum_type`: that of the residual.
+/// Whether the gradients of residual and x1 differ from that of x, so that they are tensors of
+/// their own. `T`: type of x; `sum_type`: that of the residual.
 struct LayerNormGradients {
   bool own_dresidual, own_dx1;
 

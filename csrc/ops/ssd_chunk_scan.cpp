@@ -88,10 +88,9 @@ std::tuple<Tensor, Tensor> ssd_chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor 
                     dt_softplus, dt_min, dt_max);
   SsdChunkScanParams& p = scan.p;
   mark(checks, scan, seq_idx, cu_seqlens);
-  Tensor out =
-      allocate(checks.op(), x, {p.batch, p.seqlen, p.nheads, p.headdim}, x.scalar_type());
-  Tensor final_states = allocate(
-      checks.op(), x, {p.num_sequences, p.nheads, p.headdim, p.dstate}, scan.sizes.state_type);
+  Tensor out = allocate(checks.op(), x, {p.batch, p.seqlen, p.nheads, p.headdim}, x.scalar_type());
+  Tensor final_states = allocate(checks.op(), x, {p.num_sequences, p.nheads, p.headdim, p.dstate},
+                                 scan.sizes.state_type);
   p.out = view<4>(out);
   p.final_states = view<4>(final_states);
   if constexpr (kWithCuda) {

@@ -69,8 +69,7 @@ SsdChunkScanSizes<typename Access::Size> check_ssd_chunk_scan(
     num_sequences = Access::size(*cu_seqlens, 0) - 1;
   }
   if (initial_states) {
-    checks.rank("initial_states", *initial_states, {4},
-                "(num_sequences, nheads, headdim, dstate)");
+    checks.rank("initial_states", *initial_states, {4}, "(num_sequences, nheads, headdim, dstate)");
     const bool single = cu_seqlens && Access::size(*initial_states, 0) == 1;
     checks.shape("initial_states", *initial_states,
                  {{cu_seqlens ? "num_sequences" : "batch", single ? 1 : num_sequences},

@@ -14,6 +14,7 @@ from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_sca
 
 # Programs reach these as attributes after `import mamba_ssm`.
 from mamba_ssm.ops.triton import layer_norm as _layer_norm  # noqa: F401
+from mamba_ssm.ops.triton import layernorm as _layernorm  # noqa: F401
 from mamba_ssm.ops.triton import layernorm_gated as _layernorm_gated  # noqa: F401
 from mamba_ssm.ops.triton import selective_state_update as _selective_state_update  # noqa: F401
 from mamba_ssm.ops.triton import ssd_combined as _ssd_combined  # noqa: F401

@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
+from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+from mamba_ssm.ops.triton.layer_norm import rms_norm_ref as add_rms_norm_ref
+from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn
 
 ops = torch.ops.mamba_ssm
 PEER = json.loads((Path(__file__).parent / "bench_peer.json").read_text(encoding="utf-8"))
 FLUSH_BYTES = 1 << 28  # larger than any L2 cache
 CHECKED_DIM, CHECKED_SEQLEN = 64, 512  # part of a call that is compared with float64
+CHECKED_ROWS = 64
 
 
 def add_arguments(parser):
@@ -137,16 +141,30 @@ def relative_error(value, exact):
     return ((value.double() - exact).norm() / scale).item() if scale > 0 else 0.0
 
 
-def forward_backward(report, name, call, reference, inputs, forward_mb, backward_mb):
+def first_channels(t):
+    """The part of an argument or result that belongs to the first row, channels and tokens."""
+    if t.dim() < 3:
+        return t[:CHECKED_DIM].contiguous()
+    return t[:1, :CHECKED_DIM, :CHECKED_SEQLEN].contiguous()
+
+
+def first_rows(t):
+    """The part of an argument or result (rows, channels) that belongs to the first rows."""
+    return t[:CHECKED_ROWS] if t.dim() == 2 else t
+
+
+def forward_backward(
+    report, name, call, reference, inputs, forward_mb, backward_mb, checked_part=first_channels
+):
     """Rows for call(*inputs), without gradients, and for its backward.
 
-    The error of the forward is that of the first channels and tokens of the timed call, that of the
-    backward the largest of all gradients of a call on these alone: reference in float64 both times.
+    The error of the forward is that of the checked part of the timed call, that of the backward the
+    largest of all gradients of a call on this alone: reference in float64 both times.
     """
     with torch.no_grad():
         ms = gpu_ms(lambda: call(*inputs))
         part = [checked_part(t) for t in inputs]
-        out = call(*inputs)[:1, :CHECKED_DIM, :CHECKED_SEQLEN]
+        out = checked_part(call(*inputs))
     leaves = [t.clone().requires_grad_() for t in part]
     exact_leaves = [t.double().requires_grad_() for t in part]
     exact = reference(*exact_leaves)
@@ -162,13 +180,6 @@ def forward_backward(report, name, call, reference, inputs, forward_mb, backward
     dout = torch.randn_like(out)
     ms = gpu_ms(lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True))
     report.gpu_row(f"{name}/bwd", ms, backward_mb, error)
-
-
-def checked_part(t):
-    """The part of an argument that belongs to the first row, channels and tokens."""
-    if t.dim() < 3:
-        return t[:CHECKED_DIM].contiguous()
-    return t[:1, :CHECKED_DIM, :CHECKED_SEQLEN].contiguous()
 
 
 def limits(report):
@@ -292,6 +303,41 @@ def state_update_reference(state, x, dt, A, B, C, D, z, dt_bias):
     return ((state * C).sum(-1) + D * x) * F.silu(z)
 
 
+def norm(report):
+    def call(x, weight, z):
+        return rmsnorm_fn(x, weight, None, z=z, eps=1e-5, norm_before_gate=False)
+
+    def reference(x, weight, z):
+        return rms_norm_ref(x, weight, None, z=z, eps=1e-5, norm_before_gate=False)
+
+    for rows, dim in ((16384, 2560), (16384, 5120)):
+        size = f"M{rows}D{dim}"
+        x, z = torch.randn(2, rows, dim, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(dim, device="cuda")
+        forward_backward(
+            report,
+            f"gated_rmsnorm/{size}",
+            call,
+            reference,
+            (x, weight, z),
+            3 * moved(x),
+            5 * moved(x),
+            first_rows,
+        )
+        residual = torch.randn(rows, dim, device="cuda")
+        options = dict(residual=residual, prenorm=True)
+        with torch.no_grad():
+            ms = gpu_ms(lambda: rms_norm_fn(x, weight, None, residual_in_fp32=True, **options))
+            results = rms_norm_fn(x, weight, None, residual_in_fp32=True, **options)
+            part, residual_part = first_rows(x).double(), first_rows(residual).double()
+            exact = add_rms_norm_ref(
+                part, weight.double(), None, residual=residual_part, prenorm=True
+            )
+        error = max(relative_error(first_rows(r), e) for r, e in zip(results, exact))
+        name = f"add_rmsnorm_prenorm/{size}/fwd_nograd"
+        report.gpu_row(name, ms, 2 * moved(x, residual), error)
+
+
 def cpu_ms(call, budget_s=2.0):
     """Shortest time of call(): other work on the machine only ever adds."""
     call()
@@ -381,4 +427,11 @@ def parallel_scan(pscan, *inputs):
     return read_out(pscan(*discretized(*inputs)), *inputs)
 
 
-GROUPS = {"limits": limits, "conv": conv, "scan": scan, "decode": decode, "cpu": cpu}
+GROUPS = {
+    "limits": limits,
+    "conv": conv,
+    "scan": scan,
+    "decode": decode,
+    "norm": norm,
+    "cpu": cpu,
+}

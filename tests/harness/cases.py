@@ -550,13 +550,17 @@ class Ssd(Case):
         if self.limits:
             low, high = (32, 64) if exact and softplus else (2, 3) if exact else (0.1, 0.5)
             values |= {"dt_min": float(low), "dt_max": float(high)}
+        spans = [seqlen]  # in which ids start anew
         if self.num_sequences is not None:
             values["cu_seqlens"] = cuts(draw, self.num_sequences, seqlen)
+            if draw.random.random() < 0.5:  # else an id may go on behind an offset
+                spans = values["cu_seqlens"].diff().tolist()
         if self.initial_states:
             rows = 1 if self.initial_states == "first" else self.result_shapes()["final_states"][0]
             values["initial_states"] = normal(rows, nheads, self.headdim, dstate)
         if self.packing:
-            values["seq_idx"] = packed_ids(draw, batch, seqlen, self.packing)
+            ids = [packed_ids(draw, batch, span, self.packing) for span in spans]
+            values["seq_idx"] = torch.cat(ids or [torch.empty(batch, 0, dtype=torch.int64)], dim=1)
         return values
 
     def call(self, device="cpu"):

@@ -110,11 +110,14 @@ def _report(where, what, actual, expected, wrong, note):
 
 
 def longest_sum(argument):
-    """A bound for the terms of a sum over one axis, or over rows and time (last, or second of 4)."""
-    rows_and_time = [argument.shape[0] * argument.shape[-1]]
-    if argument.dim() == 4:
-        rows_and_time.append(argument.shape[0] * argument.shape[1])
-    return max([*argument.shape, *rows_and_time])
+    """A bound for the terms of a sum over one axis, or over rows and time (last, or 2nd of 4)."""
+    shape = argument.shape
+    if not shape:
+        return 1
+    rows_and_time = [shape[0] * shape[-1]]
+    if len(shape) == 4:
+        rows_and_time.append(shape[0] * shape[1])
+    return max([*shape, *rows_and_time])
 
 
 def run(call):

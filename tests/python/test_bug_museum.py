@@ -111,6 +111,53 @@ def test_scan_matrix_index_past_32_bits(name, axis, distance, device):
     assert poison.same_bits(gradient, expected.gradients[name])
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("case", [cases.NormGated, cases.LayerNorm], ids=lambda case: case.op)
+def test_norm_row_past_32_bits(case, axis, distance, device):
+    """Every tensor of rows in turn, each axis, forward and backward."""
+    call = case(leading=(2, 2), dtype=torch.bfloat16).call(device)
+    sizes, strides = (2, 2, 24), [64, 32, 1]
+    strides[axis] = distance // (sizes[axis] - 1) + 64
+    extent = sum((n - 1) * s for n, s in zip(sizes, strides)) + 1
+    expected = compare.run(call)
+    names = ("x", "z") if case is cases.NormGated else ("x", "residual")
+    for name in names:
+        buffer = virtual_empty(extent, call.arguments[name].dtype, device)
+        value = far(call.arguments[name], strides, buffer).detach().requires_grad_()
+        results = call.invoke(**{name: value})
+        for result in results:
+            assert poison.same_bits(results[result], expected.results[result])
+        (gradient,) = torch.autograd.grad(
+            list(results.values()), value, [call.cotangents[n] for n in results]
+        )
+        assert poison.same_bits(gradient, expected.gradients[name])
+        del buffer, value
+    buffer = virtual_empty(extent, torch.bfloat16, device)
+    dout = far(call.cotangents["out"], strides, buffer)
+    far_call = dataclasses.replace(call, cotangents={**call.cotangents, "out": dout})
+    compare.check_same(call, expected, compare.run(far_call), "depends on the strides of dout")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_the_widest_rows(dtype, device):
+    """No limit in bytes: forward and backward of the same width, whatever the residual's type."""
+    for channels in (16384, 32768, 40000):
+        compare.check_call(
+            cases.LayerNorm(leading=(2,), channels=channels, dtype=dtype, is_rms_norm=True).call(
+                device
+            )
+        )
+        compare.check_call(cases.NormGated(leading=(2,), group=channels, dtype=dtype).call(device))
+
+
+def test_norm_groups_must_divide(device):
+    """No groups, or groups that leave channels over: refused."""
+    x, weight = torch.randn(2, 24, device=device), torch.ones(24, device=device)
+    for group_size in (0, -1, 5, 48):
+        with pytest.raises(RuntimeError, match="group_size must divide channels = 24"):
+            torch.ops.mamba_ssm.rms_norm_gated(x, weight, group_size=group_size)
+
+
 @pytest.mark.parametrize("ring", [False, True])
 def test_conv_state_pool_past_32_bits(ring, distance, device):
     call = cases.ConvUpdate(batch=2, num_slots=3, dtype=torch.bfloat16, ring=ring).call(device)
@@ -388,9 +435,7 @@ def test_ssd_index_past_32_bits(axis, distance, device):
     dout = far(call.cotangents["out"], list(strides.values()), buffer)
     x = call.arguments["x"].detach().requires_grad_()
     results = call.invoke(x=x)
-    (dx,) = torch.autograd.grad(
-        list(results.values()), x, [dout, call.cotangents["final_states"]]
-    )
+    (dx,) = torch.autograd.grad(list(results.values()), x, [dout, call.cotangents["final_states"]])
     assert poison.same_bits(dx, expected.gradients["x"])
 
 
@@ -398,7 +443,11 @@ def test_ssd_index_past_32_bits(axis, distance, device):
 @pytest.mark.parametrize("axis", range(4))
 def test_ssd_matrix_index_past_32_bits(name, axis, distance, device):
     call = cases.Ssd(
-        batch=2, seqlen=5, headdim=3, dtype=torch.bfloat16, dtypes={"initial_states": torch.bfloat16}
+        batch=2,
+        seqlen=5,
+        headdim=3,
+        dtype=torch.bfloat16,
+        dtypes={"initial_states": torch.bfloat16},
     ).call(device)
     value = call.arguments[name]
     strides = [512, 64, 8, 1]

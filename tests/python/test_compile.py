@@ -35,6 +35,11 @@ CASES = {
     "mamba2_inner": cases.Inner2(),
     "mamba2_inner MLP": cases.Inner2(d_nonssm=3, norm=False, packing="padded"),
     "mamba2_inner cu_seqlens": cases.Inner2(batch=1, num_sequences=3, limits=True, D="channel"),
+    "rms_norm_gated": cases.NormGated(groups=3),
+    "rms_norm_gated plain": cases.NormGated(z=False, bias=False, whole_row=True),
+    "layer_norm": cases.LayerNorm(),
+    "layer_norm heads": cases.LayerNorm(x1=True, weight1=True, bias1=True),
+    "layer_norm plain": cases.LayerNorm(residual=False, bias=False, is_rms_norm=True),
 }
 INDUCTOR = (
     "causal_conv1d",
@@ -43,6 +48,8 @@ INDUCTOR = (
     "selective_state_update",
     "ssd_chunk_scan",
     "mamba2_inner",
+    "rms_norm_gated",
+    "layer_norm",
 )
 
 
@@ -65,6 +72,7 @@ def _run(function, call):
         arguments[name].requires_grad_()
     results = function(**arguments)
     results = list(results) if isinstance(results, tuple) else [results]
+    results = [r for r in results if r is not None]
     gradients = []
     if call.differentiable:
         gradients = torch.autograd.grad(
@@ -85,7 +93,7 @@ def test_compile(case, backend, device):
         first = next(iter(arguments))
         results = op(**arguments)
         results = results if isinstance(results, tuple) else (results,)
-        return tuple(r + 0 * arguments[first].sum().to(r.dtype) for r in results)
+        return tuple(r + 0 * arguments[first].sum().to(r.dtype) for r in results if r is not None)
 
     compiled = torch.compile(program, fullgraph=True, dynamic=True, backend=backend)
     for eager, traced in zip(_run(program, call), _run(compiled, call)):
@@ -105,10 +113,10 @@ def test_few_recompiles(case, device):
         return op(**arguments)
 
     compiled = torch.compile(program, fullgraph=True, dynamic=True, backend=counter)
-    sizes = ("seqlen", "total_tokens", "batch")
+    sizes = ("seqlen", "total_tokens", "batch", "leading")
     field = next(name for name in sizes if getattr(case, name, None) is not None)
     for size in (5, 7, 8, 16, 19, 32, 33, 40, 64, 71):
-        changes = {field: size}
+        changes = {field: (2, size) if field == "leading" else size}
         if field == "batch" and case.num_slots is not None:
             changes["num_slots"] = 80
         call = dataclasses.replace(case, **changes).call(device)
@@ -137,6 +145,7 @@ def test_export(case, device):
     clones = {n: v.clone() for n, v in tensors.items()}
     results = exported.module()(**clones)
     results = results if isinstance(results, tuple) else (results,)
+    results = [r for r in results if r is not None]
     results = dict(zip(call.results, results)) | {n: clones[n] for n in call.mutable}
     for name, value in results.items():
         torch.testing.assert_close(value, expected[name])

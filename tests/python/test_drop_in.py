@@ -52,6 +52,33 @@ SIGNATURES = {
     "mamba_ssm.ops.triton.ssd_combined:ensure_stride": "inp",
     "mamba_ssm.modules.ssd_minimal:ssd_minimal_discrete": "X, A, B, C, block_len, "
     "initial_states=None",
+    "mamba_ssm.ops.triton.layer_norm:layer_norm_fn": "x, weight, bias, residual=None, x1=None, "
+    "weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, "
+    "residual_in_fp32=False, is_rms_norm=False, return_dropout_mask=False",
+    "mamba_ssm.ops.triton.layer_norm:rms_norm_fn": "x, weight, bias, residual=None, x1=None, "
+    "weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, "
+    "residual_in_fp32=False, return_dropout_mask=False",
+    "mamba_ssm.ops.triton.layer_norm:layer_norm_linear_fn": "x, norm_weight, norm_bias, "
+    "linear_weight, linear_bias, residual=None, eps=1e-06, prenorm=False, residual_in_fp32=False, "
+    "is_rms_norm=False",
+    "mamba_ssm.ops.triton.layer_norm:RMSNorm": "hidden_size, eps=1e-05, dropout_p=0.0, "
+    "device=None, dtype=None",
+    "mamba_ssm.ops.triton.layer_norm:RMSNorm.forward": "self, x, residual=None, prenorm=False, "
+    "residual_in_fp32=False",
+    "mamba_ssm.ops.triton.layernorm:layer_norm_fn": "x, weight, bias, residual=None, eps=1e-06, "
+    "prenorm=False, residual_in_fp32=False, is_rms_norm=False",
+    "mamba_ssm.ops.triton.layernorm:rms_norm_fn": "x, weight, bias, residual=None, prenorm=False, "
+    "residual_in_fp32=False, eps=1e-06",
+    "mamba_ssm.ops.triton.layernorm_gated:layernorm_fn": "x, weight, bias, z=None, eps=1e-06, "
+    "group_size=None, norm_before_gate=True, is_rms_norm=False",
+    "mamba_ssm.ops.triton.layernorm_gated:rmsnorm_fn": "x, weight, bias, z=None, eps=1e-06, "
+    "group_size=None, norm_before_gate=True",
+    "mamba_ssm.ops.triton.layernorm_gated:rms_norm_ref": "x, weight, bias, z=None, eps=1e-06, "
+    "group_size=None, norm_before_gate=True, upcast=True",
+    "mamba_ssm.ops.triton.layernorm_gated:RMSNorm": "hidden_size, eps=1e-05, group_size=None, "
+    "norm_before_gate=True, device=None, dtype=None",
+    "mamba_ssm.ops.triton.layernorm_gated:LayerNorm": "hidden_size, eps=1e-05, group_size=None, "
+    "norm_before_gate=True, device=None, dtype=None",
     "mamba_ssm:Mamba": "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, "
     "dt_max=0.1, dt_init='random', dt_scale=1.0, dt_init_floor=0.0001, conv_bias=True, "
     "bias=False, use_fast_path=True, layer_idx=None, device=None, dtype=None",
@@ -112,6 +139,11 @@ NAMES = {
     "mamba_ssm.ops.triton.ssd_bmm": "_bmm_chunk_fwd",
     "mamba_ssm.ops.triton.ssd_chunk_scan": "_chunk_scan_fwd chunk_scan chunk_scan_ref",
     "mamba_ssm.modules.ssd_minimal": "segsum",
+    "mamba_ssm.ops.triton.layer_norm": "LayerNormFn LayerNormLinearFn layer_norm_ref rms_norm_ref "
+    "_layer_norm_fwd",
+    "mamba_ssm.ops.triton.layernorm": "RMSNorm LayerNormFn layer_norm_ref rms_norm_ref "
+    "layer_norm_linear_fn _layer_norm_fwd",
+    "mamba_ssm.ops.triton.layernorm_gated": "LayerNormFn _layer_norm_fwd _layer_norm_bwd",
     "mamba_ssm.modules.block": "Block",
     "mamba_ssm.models.config_mamba": "MambaConfig",
     "mamba_ssm.models.mixer_seq_simple": "MixerModel _init_weights",
@@ -176,6 +208,9 @@ def test_submodules_are_attributes():
 import mamba_ssm
 assert callable(mamba_ssm.ops.triton.selective_state_update.selective_state_update)
 assert callable(mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined)
+assert callable(mamba_ssm.ops.triton.layer_norm.layer_norm_fn)
+assert callable(mamba_ssm.ops.triton.layernorm.layer_norm_fn)
+assert callable(mamba_ssm.ops.triton.layernorm_gated.rmsnorm_fn)
 assert callable(mamba_ssm.ops.selective_scan_interface.selective_scan_fn)
 assert mamba_ssm.modules.mamba_simple.Mamba is mamba_ssm.Mamba
 assert mamba_ssm.models.mixer_seq_simple and mamba_ssm.utils.generation

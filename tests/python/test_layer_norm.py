@@ -23,8 +23,13 @@ ROWS = cases.variations(
     {"masks": True, "dropout_p": 0.3, "rowscale": True, "residual": False},
     {"masks": True, "dropout_p": 1.0, "eps": 1e-2},
     {"rowscale": True, "dtypes": {"rowscale": torch.bfloat16}},
-    {"x1": True, "masks": True, "dropout_p": 0.5, "dtypes": {"residual": torch.bfloat16},
-     "dtype": torch.bfloat16},
+    {
+        "x1": True,
+        "masks": True,
+        "dropout_p": 0.5,
+        "dtypes": {"residual": torch.bfloat16},
+        "dtype": torch.bfloat16,
+    },
     {"leading": (3, 2, 2, 5), "layout": "transposed"},
     {"leading": (2, 1, 3, 1, 2, 2), "layout": "sliced"},
     {"layout": "scalar", "is_rms_norm": True},  # LayerNorm of equal numbers is all cancellation
@@ -42,8 +47,12 @@ ROWS = cases.variations(
     residual_in_fp32=[True],
     is_rms_norm=[True],
     layout=[layout for layout in poison.LAYOUTS[1:] if layout != "scalar"],
-    layouts=[{"x": "transposed"}, {"residual": "sliced"}, {"dout": "scalar"},
-             {"dresidual_out": "scalar"}],
+    layouts=[
+        {"x": "transposed"},
+        {"residual": "sliced"},
+        {"dout": "scalar"},
+        {"dresidual_out": "scalar"},
+    ],
     dtypes=[
         {"weight": torch.bfloat16},
         {"bias": torch.float16},
@@ -193,9 +202,9 @@ def test_unchanged_residual_is_x(device):
     assert layer_norm_fn(x, weight, None, prenorm=True)[1] is x
     assert layer_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=True)[1] is x
     half = x.half()
-    assert layer_norm_fn(half, weight, None, prenorm=True, residual_in_fp32=True)[
-        1
-    ].dtype == (torch.float32)
+    assert layer_norm_fn(half, weight, None, prenorm=True, residual_in_fp32=True)[1].dtype == (
+        torch.float32
+    )
     leaf = x.clone().requires_grad_()
     out, residual = layer_norm_fn(leaf, weight, None, prenorm=True)
     (out.sum() + (residual * residual).sum()).backward()

@@ -118,10 +118,31 @@ INNER2 = cases.variations(
     dtype=[torch.bfloat16, torch.float64],
     layouts=[{"zxbcdt": "transposed"}, {"zxbcdt": "sliced"}],
 )
+NORM_GATED = cases.variations(
+    cases.NormGated(),
+    {"z": False, "bias": False},
+    {"norm_before_gate": False, "is_rms_norm": False},
+    {"groups": 3, "leading": ()},
+    whole_row=[True],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float16, torch.float64],
+)
+LAYER_NORM = cases.variations(
+    cases.LayerNorm(),
+    {"x1": True, "weight1": True, "bias1": True, "masks": True, "dropout_p": 0.3},
+    {"rowscale": True, "masks": True, "dropout_p": 0.3, "residual": False},
+    {"residual": False, "bias": False},
+    {"residual": False, "residual_in_fp32": True, "dtype": torch.bfloat16},
+    {"is_rms_norm": True, "leading": ()},
+    prenorm=[False],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float16, torch.float64],
+)
 
 
 def _samples():
-    for rows in (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, SSD, INNER, INNER2):
+    tables = (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, SSD, INNER, INNER2, NORM_GATED, LAYER_NORM)
+    for rows in tables:
         for label, case in rows.items():
             wants = (False, True) if case.differentiable else (False,)
             for gradients in wants:
@@ -241,4 +262,54 @@ def test_selective_scan_fwd_and_bwd(layout, dlast, optional, complex_A, device):
     arguments["dout"] = _own(call.cotangents["out"])
     arguments["dlast_state"] = _own(call.cotangents["last_state"]) if dlast else None
     op = torch.ops.mamba_ssm.selective_scan_bwd.default
+    torch.library.opcheck(op, (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("wanted", cases.NormGated.differentiable)
+def test_subsets_of_rms_norm_gated(wanted, device):
+    call, arguments = _plain_arguments(cases.NormGated(), device)
+    arguments[wanted].requires_grad_()
+    torch.library.opcheck(call.function(), (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("wanted", cases.LayerNorm.differentiable)
+def test_subsets_of_layer_norm(wanted, device):
+    case = cases.LayerNorm(x1=True, weight1=True, bias1=True)
+    call, arguments = _plain_arguments(case, device)
+    arguments[wanted].requires_grad_()
+    torch.library.opcheck(call.function(), (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "scalar", "transposed", "step2"])
+@pytest.mark.parametrize("optional", [False, True])
+def test_rms_norm_gated_bwd(layout, optional, device):
+    case = cases.NormGated(bias=optional, z=optional, layouts={"dout": layout})
+    call, arguments = _plain_arguments(case, device)
+    arguments["dout"] = _own(call.cotangents["out"])
+    op = torch.ops.mamba_ssm.rms_norm_gated_bwd.default
+    torch.library.opcheck(op, (), arguments, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded", "scalar", "transposed", "step2"])
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("has_x1", [False, True])
+def test_layer_norm_bwd(layout, optional, has_x1, device):
+    case = cases.LayerNorm(
+        bias=optional,
+        weight1=optional,
+        bias1=optional,
+        x1=has_x1,
+        masks=optional,
+        rowscale=optional and not has_x1,
+        layouts={"dout": layout, "dout1": layout, "dresidual_out": layout},
+    )
+    call, arguments = _plain_arguments(case, device)
+    total = arguments["residual"]
+    for name in ("x", "residual", "x1", "prenorm", "residual_in_fp32"):
+        arguments.pop(name, None)
+    arguments["dout"] = _own(call.cotangents["out"])
+    arguments["dout1"] = _own(call.cotangents["out1"]) if optional else None
+    arguments["dresidual_out"] = _own(call.cotangents["residual_out"]) if optional else None
+    arguments |= {"sum": total, "has_residual": True, "has_x1": has_x1}
+    op = torch.ops.mamba_ssm.layer_norm_bwd.default
     torch.library.opcheck(op, (), arguments, test_utils=UTILS)

@@ -252,9 +252,75 @@ def test_ssd_is_a_selective_scan():
         )
 
 
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+def test_rms_norm_gated(norm_before_gate, is_rms_norm):
+    call = cases.NormGated(
+        dtype=torch.float64,
+        leading=(2, 3),
+        groups=3,
+        group=5,
+        norm_before_gate=norm_before_gate,
+        is_rms_norm=is_rms_norm,
+    ).call()
+    truth = oracle.exact(call.op, call.arguments).results["out"]
+    a = {k: v.tolist() if torch.is_tensor(v) else v for k, v in call.arguments.items()}
+    for i, j, g in ((i, j, g) for i in range(2) for j in range(3) for g in range(3)):
+        channels = range(5 * g, 5 * g + 5)
+        x, z = a["x"][i][j], a["z"][i][j]
+        s = [x[c] if norm_before_gate else x[c] * _silu(z[c]) for c in channels]
+        mean = 0 if is_rms_norm else sum(s) / 5
+        root = math.sqrt(sum((v - mean) ** 2 for v in s) / 5 + a["eps"])
+        for c in channels:
+            y = (s[c - 5 * g] - mean) / root * a["weight"][c] + a["bias"][c]
+            y *= _silu(z[c]) if norm_before_gate else 1
+            assert truth[i, j, c].item() == pytest.approx(y, rel=1e-12, abs=1e-13)
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("x1", [False, True])
+def test_layer_norm(is_rms_norm, x1):
+    call = cases.LayerNorm(
+        dtype=torch.float64,
+        leading=(4,),
+        channels=6,
+        is_rms_norm=is_rms_norm,
+        x1=x1,
+        rowscale=not x1,
+        weight1=True,
+        bias1=True,
+        masks=True,
+        dropout_p=0.4,
+    ).call()
+    truth = oracle.exact(call.op, call.arguments).results
+    a = {k: v.tolist() if torch.is_tensor(v) else v for k, v in call.arguments.items()}
+    for r in range(4):
+        s = []
+        for c in range(6):
+            v = a["residual"][r][c]
+            if a["dropout_mask"][r][c]:
+                v += a["x"][r][c] * (1 if x1 else a["rowscale"][r]) / 0.6
+            if x1 and a["dropout_mask1"][r][c]:
+                v += a["x1"][r][c] / 0.6
+            s.append(v)
+        mean = 0 if is_rms_norm else sum(s) / 6
+        root = math.sqrt(sum((v - mean) ** 2 for v in s) / 6 + a["eps"])
+        for c in range(6):
+            n = (s[c] - mean) / root
+            wanted = {
+                "out": n * a["weight"][c] + a["bias"][c],
+                "out1": n * a["weight1"][c] + a["bias1"][c],
+                "residual_out": s[c],
+            }
+            for name, value in wanted.items():
+                assert truth[name][r, c].item() == pytest.approx(value, rel=1e-12, abs=1e-13)
+
+
 def test_gradients_are_derivatives():
     """The oracles' autograd graphs, against finite differences."""
     for case in (
+        cases.NormGated(leading=(2,), group=4, groups=2),
+        cases.LayerNorm(leading=(2,), channels=5, x1=True, weight1=True, masks=True),
         cases.Conv(dim=2, seqlen=7, packing="padded"),
         cases.Scan(dim=2, seqlen=5, dstate=2, packing="padded"),
         cases.Scan(dim=2, seqlen=4, dstate=2, complex_A=True, C="constant"),

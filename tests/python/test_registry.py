@@ -18,6 +18,8 @@ SCHEMAS = sorted(
     key=lambda schema: schema.name,
 )
 OPS = [schema.name.removeprefix("mamba_ssm::") for schema in SCHEMAS]
+# What a derivative does not take: layer_norm's starts from the sum of its inputs, which it is given.
+UNREAD = {"layer_norm_bwd": {"x", "residual", "x1", "prenorm", "residual_in_fp32"}}
 COMPOSITES = ("mamba_inner", "mamba2_inner")  # made of other ops, in any backend
 
 
@@ -61,7 +63,8 @@ def test_schema(schema):
     if op.endswith("_bwd"):
         assert schema.arguments[0].name == "dout"
         forward = next(s for s in SCHEMAS if s.name == schema.name.removesuffix("_bwd"))
-        assert {a.name for a in forward.arguments} <= {a.name for a in schema.arguments}
+        needed = {a.name for a in forward.arguments} - UNREAD.get(op, set())
+        assert needed <= {a.name for a in schema.arguments}
 
 
 @pytest.mark.parametrize("op", OPS)

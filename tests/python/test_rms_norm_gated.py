@@ -138,8 +138,9 @@ def test_rmsnorm_fn(group_size, norm_before_gate, gate, device):
     module = RMSNorm(24, 1e-3, group_size, norm_before_gate, device=device, dtype=torch.float64)
     assert list(module.state_dict()) == ["weight"] and module.bias is None
     assert (module.weight == 1).all()
-    torch.testing.assert_close(module(x, z), rmsnorm_fn(x, module.weight, None, z, 1e-3,
-                                                        group_size, norm_before_gate))
+    torch.testing.assert_close(
+        module(x, z), rmsnorm_fn(x, module.weight, None, z, 1e-3, group_size, norm_before_gate)
+    )
 
 
 @pytest.mark.parametrize("is_rms_norm", [False, True])

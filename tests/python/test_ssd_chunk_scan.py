@@ -375,7 +375,7 @@ def test_nan_is_causal(value, name, t, device):
 @pytest.mark.parametrize("limits", [False, True])
 @pytest.mark.parametrize("name", ["dt", "z"])
 def test_nan_has_a_nan_gradient(name, limits, device):
-    """Where an argument is NaN and acts through a curve, so is its gradient: limits hide nothing."""
+    """Where an argument is NaN and acts through a curve, so is its gradient: none is hidden."""
     call = cases.Ssd(seqlen=45, limits=limits).call(device)
     call.arguments[name][1, 20, 3] = float("nan")
     outcome = compare.run(call)
@@ -500,9 +500,7 @@ def test_forms_of_the_result(device):
     out, states = expected["out"], expected["final_states"]
     assert torch.equal(combined(call.arguments), out)
     for final, varlen in ((True, False), (False, True), (True, True)):
-        results = combined(
-            call.arguments, return_final_states=final, return_varlen_states=varlen
-        )
+        results = combined(call.arguments, return_final_states=final, return_varlen_states=varlen)
         assert isinstance(results, tuple) and torch.equal(results[0], out)
         assert len(results) == 1 + final + varlen
         if final:
@@ -531,9 +529,7 @@ def test_final_state_of_a_packed_row(bounds, device):
     a = call.arguments | {"cu_seqlens": torch.tensor(bounds, device=device)}
     x = a["x"].detach().requires_grad_()
     last = max(i for i, (s, e) in enumerate(zip(bounds, bounds[1:])) if e > s)
-    _, final, varlen = combined(
-        a | {"x": x}, return_final_states=True, return_varlen_states=True
-    )
+    _, final, varlen = combined(a | {"x": x}, return_final_states=True, return_varlen_states=True)
     assert torch.equal(final[0], varlen[last])
     (dx,) = torch.autograd.grad(final.sum(), x)
     assert (dx[:, bounds[last] :].abs().sum() > 0) and (dx[:, : bounds[last]] == 0).all()

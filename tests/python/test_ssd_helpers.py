@@ -102,9 +102,7 @@ def test_chunk_cumsum(chunk_size, limits, softplus, dtype, device):
 def test_chunk_state(chunk_size, packing, dtype, device):
     a, d = make(dtype, device, packing=packing)
     c, steps = per_chunk(d, a["A"], chunk_size)
-    state = ssd_chunk_state._chunk_state_fwd(
-        a["B"], a["x"], steps.to(dtype), c, a.get("seq_idx")
-    )
+    state = ssd_chunk_state._chunk_state_fwd(a["B"], a["x"], steps.to(dtype), c, a.get("seq_idx"))
     steps = steps.to(dtype).double()
     expected = []
     for chunk, begin in enumerate(range(0, 19, chunk_size)):

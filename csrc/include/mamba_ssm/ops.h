@@ -123,7 +123,8 @@ MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> ssd_chunk_scan(
     double dt_min = 0.0, std::optional<double> dt_max = std::nullopt);
 
 /// Gated normalization over groups of channels: out = norm(x) silu(z) with norm_before_gate, else
-/// norm(x silu(z)); norm(s) = (s - mean) / sqrt(var + eps) weight + bias, with mean 0 for is_rms_norm.
+/// norm(x silu(z)); norm(s) = (s - mean) / sqrt(var + eps) weight + bias, with mean 0 for
+/// is_rms_norm.
 ///
 /// Shapes: x, z (..., channels), one type T; weight, bias (channels). The statistics are those of
 /// each run of group_size channels (which divides channels; all of them when absent), the variance
@@ -143,8 +144,8 @@ MAMBA_SSM_API at::Tensor rms_norm_gated(
 ///
 /// Shapes: x, x1 (..., channels), one type T; residual of that shape, T or float32; weight, bias,
 /// weight1, bias1 (channels); rowscale (...), not with x1; dropout_mask, dropout_mask1 bool of x's
-/// shape: what is true is kept and divided by 1 - dropout_p. Returns out; out1 with weight1; and with
-/// prenorm residual_out, which is the sum in the type of residual, or without one in float32 if
+/// shape: what is true is kept and divided by 1 - dropout_p. Returns out; out1 with weight1; and
+/// with prenorm residual_out, which is the sum in the type of residual, or without one in float32 if
 /// residual_in_fp32, else in T. residual_out is absent where it would be x. out is formed from the
 /// sum before that is rounded; the gradients start from it as rounded. Results are contiguous.
 /// Differentiable in x, weight, bias, residual, x1, weight1, bias1, through all results.

@@ -24,6 +24,8 @@ struct Case {
   DType state_dtype = DType::kFloat32;  // of initial_states
   Packing packing = Packing::kNone;
   Layout layout = Layout::kDense;
+  // Steps of 0.5 with x = 0, which make sums of d A large, between small ones with large x.
+  bool uneven = false;
   bool expanded = false;  // dout with stride 0 over tokens and channels
 
   int64_t num_sequences() const {
@@ -64,9 +66,13 @@ std::vector<Case> cases() {
     c.z = c.dt_bias = c.softplus = false, c.D = Skip::kNone, c.initial_states = 0;
   });
   add("limits of dt", [](Case& c) { c.dt_min = 0.8, c.dt_max = 1.1; });
-  for (const double A : {-16.0, -1e3, -1e30}) {
+  for (const double A : {-16.0, -1e3, -3e38}) {
     add("fast decay", [=](Case& c) { c.least_A = A; });
   }
+  add("uneven steps", [](Case& c) {
+    c.uneven = true, c.least_A = -1e3, c.softplus = c.dt_bias = false, c.D = Skip::kNone;
+  });
+  add("growth", [](Case& c) { c.least_A = 0.2; });
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     add("16-bit", [=](Case& c) { c.dtype = c.dt_dtype = dtype; });
     add("16-bit, dt float32", [=](Case& c) { c.dtype = dtype; });
@@ -137,6 +143,13 @@ Inputs make_inputs(const Case& c) {
   const std::array<int64_t, 4> matrices = {c.batch, c.seqlen, c.ngroups, c.dstate};
   in.x = Array<4>(c.dtype, tokens, c.layout).randomize(random);
   in.dt = Array<3>(c.dt_dtype, {c.batch, c.seqlen, c.nheads}, c.layout).randomize(random, 0, 0.5);
+  if (c.uneven) {
+    in.dt.for_each([&](const std::array<int64_t, 3>& i) {
+      in.dt.set(i, i[1] % 16 == 3 ? 0.5 : 2e-3 * in.dt[i]);
+    });
+    in.x.for_each(
+        [&](const std::array<int64_t, 4>& i) { in.x.set(i, i[1] % 16 == 3 ? 0 : 1e3 * in.x[i]); });
+  }
   in.A = Array<1>(parameter, {c.nheads}, c.layout).randomize(random, c.least_A, c.least_A / 8);
   in.B = Array<4>(c.dtype, matrices, c.layout).randomize(random);
   in.C = Array<4>(c.dtype, matrices, c.layout).randomize(random);
@@ -448,6 +461,68 @@ TEST_CASE("ssd_chunk_scan, forward and backward", "[ssd_chunk_scan]") {
         CHECK(one.same_bytes(other));
       });
     }
+  }
+}
+
+/// Tokens [begin, end) of an array (batch, seqlen, ...).
+template <int kRank>
+Array<kRank> tokens_of(const Array<kRank>& whole, DType dtype, int64_t begin, int64_t end) {
+  auto shape = whole.shape();
+  shape[1] = end - begin;
+  Array<kRank> part(dtype, shape);
+  part.for_each([&](std::array<int64_t, kRank> i) {
+    const auto to = i;
+    i[1] += begin;
+    part.set(to, whole[i]);
+  });
+  return part;
+}
+
+template <int kRank>
+bool equal(const Array<kRank>& a, const Array<kRank>& b) {
+  bool same = true;
+  a.for_each([&](const std::array<int64_t, kRank>& i) { same = same && a[i] == b[i]; });
+  return same;
+}
+
+// So long that the backward cannot keep all states of the whole, but all of each part.
+TEST_CASE("ssd_chunk_scan, a sequence in two parts", "[ssd_chunk_scan]") {
+  Case c;
+  c.batch = 1, c.seqlen = 5120, c.nheads = 4, c.headdim = 64, c.ngroups = 1, c.dstate = 128;
+  Inputs in = make_inputs(c);
+  const auto part_of = [&](int64_t begin, int64_t end) {
+    Inputs part = in;
+    for (Array<4> Inputs::*tensor :
+         {&Inputs::x, &Inputs::z, &Inputs::B, &Inputs::C, &Inputs::dout}) {
+      part.*tensor = tokens_of(in.*tensor, c.dtype, begin, end);
+    }
+    part.dt = tokens_of(in.dt, c.dtype, begin, end);
+    return part;
+  };
+  const int64_t middle = c.seqlen / 2;
+  Case half = c;
+  half.seqlen = middle;
+  for (const CpuKernels* kernels : tables()) {
+    CAPTURE(kernels->isa);
+    const Results whole = run(*kernels, c, in, /*one_by_one=*/false);
+    Inputs first = part_of(0, middle), second = part_of(middle, c.seqlen);
+    second.initial_states = run(*kernels, half, first, /*one_by_one=*/false).final_states;
+    const Results b = run(*kernels, half, second, /*one_by_one=*/false);
+    first.dfinal_states = b.dinitial_states;
+    const Results a = run(*kernels, half, first, /*one_by_one=*/false);
+    const auto check = [&](const char* name, const auto& all, const auto& early, const auto& late) {
+      CAPTURE(name);
+      CHECK(equal(tokens_of(all, c.dtype, 0, middle), early));
+      CHECK(equal(tokens_of(all, c.dtype, middle, c.seqlen), late));
+    };
+    check("out", whole.out, a.out, b.out);
+    check("dx", whole.dx, a.dx, b.dx);
+    check("dz", whole.dz, a.dz, b.dz);
+    check("ddt", whole.ddt, a.ddt, b.ddt);
+    check("dB", whole.dB, a.dB, b.dB);
+    check("dC", whole.dC, a.dC, b.dC);
+    CHECK(equal(whole.final_states, b.final_states));
+    CHECK(equal(whole.dinitial_states, a.dinitial_states));
   }
 }
 

@@ -63,17 +63,16 @@ struct MAMBA_SSM_API MambaLMConfig {
 };
 
 /// RMS norm (parameter `weight`) or layer norm (`weight`, `bias`) over the last dimension, fused
-/// with the addition before it. Computed in at least float32; the result has the dtype of its
-/// input. Source: RMSNorm (arXiv 1910.07467).
+/// with the addition before it. Computed in at least float32; the result has the dtype of hidden.
+/// Source: RMSNorm (arXiv 1910.07467).
 class MAMBA_SSM_API NormImpl : public torch::nn::Cloneable<NormImpl> {
  public:
   NormImpl(int64_t size_, bool rms_norm_, double epsilon_);
 
   void reset() override;
 
-  /// residual <- residual + hidden, at least float32 if residual_in_fp32; returns its norm. hidden
-  /// is
-  /// (..., size); `residual` may be undefined, as 0.
+  /// residual <- residual + hidden, at least float32 if residual_in_fp32; returns its norm.
+  /// hidden is (..., size); an undefined residual counts as 0.
   at::Tensor forward(const at::Tensor& hidden, at::Tensor& residual, bool residual_in_fp32 = false);
 
   int64_t size;

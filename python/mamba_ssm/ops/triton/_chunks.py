@@ -1,4 +1,4 @@
-"""What the chunk-wise parts of SSD share: cutting time into chunks, and packed sequences in them."""
+"""What the chunk-wise parts of SSD share: cutting time into chunks, packed sequences in them."""
 
 import torch
 

@@ -394,5 +394,7 @@ def _layer_norm_fwd(
         mean = s.mean(-1)
         s = s - mean[:, None]
     rstd = torch.rsqrt(s.square().mean(-1) + eps)
-    y, y1 = (v if v is None or out_dtype is None else v.to(out_dtype) for v in (y, *heads, None)[:2])
+    y, y1 = (
+        v if v is None or out_dtype is None else v.to(out_dtype) for v in (y, *heads, None)[:2]
+    )
     return y, y1, mean, rstd, total, None, mask, mask1

@@ -32,9 +32,7 @@ def layer_norm_fn(
     )
 
 
-def rms_norm_fn(
-    x, weight, bias, residual=None, prenorm=False, residual_in_fp32=False, eps=1e-6
-):
+def rms_norm_fn(x, weight, bias, residual=None, prenorm=False, residual_in_fp32=False, eps=1e-6):
     """mamba_ssm.ops.triton.layer_norm.rms_norm_fn."""
     return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
 

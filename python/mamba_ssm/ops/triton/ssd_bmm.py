@@ -1,4 +1,4 @@
-"""Products of the rows of two matrices within each chunk, in plain PyTorch (see ssd_chunk_state)."""
+"""Products of all rows of two matrices in each chunk, in plain PyTorch (see ssd_chunk_state)."""
 
 from mamba_ssm.ops.triton._chunks import chunked, compute_dtype
 

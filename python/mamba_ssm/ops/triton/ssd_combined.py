@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton._chunks import chunked, compute_dtype, sequence_ids
 from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref
-from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd
 from mamba_ssm.ops.triton.ssd_chunk_scan import chunk_scan
 from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
 from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_fwd
@@ -237,9 +236,7 @@ def _mamba_chunk_scan_combined_bwd(
     return (*gradients, gated)
 
 
-def mamba_chunk_scan(
-    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False
-):
+def mamba_chunk_scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False):
     """mamba_chunk_scan_combined in plain PyTorch, in float32 (float64 for float64).
 
     Composed of its parts, in chunks of chunk_size; seqlen need not be a multiple. Returns out.

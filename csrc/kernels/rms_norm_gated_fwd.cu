@@ -1,0 +1,185 @@
+// Gated normalization, forward. How rows are divided: row_norm.cuh.
+#include "launch.cuh"
+#include "row_norm.cuh"
+
+namespace mamba_ssm::kernels {
+namespace {
+
+template <class T, int kVectors>
+__global__ void __launch_bounds__(kMostTeam)
+    forward_vectors(const RmsNormGatedParams p, const RowTeams teams) {
+  using Stream = RowStream<T>;
+  using Parameter = SharedParameter<Stream::kVec>;
+  constexpr int kVec = Stream::kVec;
+  constexpr int kWeight = kStages * 2 * kVectors;  // slots before it: x and z of every stage
+  constexpr int kBias = kWeight + kVectors * Parameter::kSlots;
+  extern __shared__ uint4 shared[];
+  __shared__ TeamSum<float>::Buffers buffers;
+  const Team team(teams);
+  if (!team.works) return;
+  TeamSum<float> sum(team, buffers);
+  const Slots slots(shared);
+  const Stream x{p.x}, z{p.z}, out{p.out};
+  const bool gate_first = given(p.z) && !p.norm_before_gate;
+  const bool gate_last = given(p.z) && p.norm_before_gate;
+  const int64_t first = team.group * p.group_size;
+  const auto channel = [&](int j) { return (j * team.threads + team.thread) * kVec; };
+  const int width = static_cast<int>(p.group_size);
+  const auto there = [&](int j) { return channel(j) < width; };
+
+  const auto fetch = [&](int64_t row, int stage) {
+    if (row < p.rows) {
+      const RowIndex at(p.axes, row);
+      const int64_t from_x = at(p.x, first), from_z = at(p.z, first);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (!there(j)) continue;
+        x.fetch(slots, 2 * kVectors * stage + j, from_x + channel(j));
+        if (given(p.z)) z.fetch(slots, 2 * kVectors * stage + kVectors + j, from_z + channel(j));
+      }
+    }
+    commit_copies();
+  };
+  int stage = 0;
+  fetch(team.strip, stage);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (!there(j)) continue;
+    Parameter::keep(slots, kWeight + j * Parameter::kSlots, p.weight, first + channel(j));
+    if (given(p.bias)) {
+      Parameter::keep(slots, kBias + j * Parameter::kSlots, p.bias, first + channel(j));
+    }
+  }
+
+  for (int64_t row = team.strip; row < p.rows; row += team.strips, stage ^= 1) {
+    fetch(row + team.strips, stage ^ 1);
+    wait_copies<1>();
+    const int slot_x = 2 * kVectors * stage, slot_z = slot_x + kVectors;
+    float s[kVectors][kVec];
+    float mean[1] = {0};
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) s[j][e] = 0;
+      if (!there(j)) continue;
+      x.read(slots, slot_x + j, s[j]);
+      if (gate_first) {
+        const auto gate = z.pack(slots, slot_z + j);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) s[j][e] *= silu(gate[e]);
+      }
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) mean[0] += s[j][e];
+    }
+    if (p.is_rms_norm) {
+      mean[0] = 0;
+    } else {
+      sum(mean);
+      mean[0] /= static_cast<float>(p.group_size);
+    }
+    float square[1] = {0};
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      if (!there(j)) continue;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        s[j][e] -= mean[0];
+        square[0] += s[j][e] * s[j][e];
+      }
+    }
+    sum(square);
+    const float rstd = reciprocal_root(square[0], p.group_size, p.eps);
+
+    const int64_t to = RowIndex(p.axes, row)(p.out, first);
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      if (!there(j)) continue;
+#pragma unroll
+      for (int q = 0; q < Parameter::kSlots; ++q) {
+        const auto w = Parameter::read(slots, kWeight + j * Parameter::kSlots + q);
+        Pack<float, 4> b{};
+        if (given(p.bias)) b = Parameter::read(slots, kBias + j * Parameter::kSlots + q);
+#pragma unroll
+        for (int e = 4 * q; e < 4 * q + 4; ++e) {
+          s[j][e] = s[j][e] * (rstd * w[e - 4 * q]) + b[e - 4 * q];
+        }
+      }
+      if (gate_last) {
+        const auto gate = z.pack(slots, slot_z + j);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) s[j][e] *= silu(gate[e]);
+      }
+      out.write(to + channel(j), s[j]);
+    }
+  }
+}
+
+template <class T>
+__global__ void forward_elements(const RmsNormGatedParams p, const RowTeams teams) {
+  using Acc = Accumulate<T>;
+  __shared__ typename TeamSum<Acc>::Buffers buffers;
+  const Team team(teams);
+  if (!team.works) return;
+  TeamSum<Acc> sum(team, buffers);
+  const bool gate_first = given(p.z) && !p.norm_before_gate;
+  const bool gate_last = given(p.z) && p.norm_before_gate;
+  const int64_t first = team.group * p.group_size;
+  for (int64_t row = team.strip; row < p.rows; row += team.strips) {
+    const RowIndex at(p.axes, row);
+    const auto source = [&](int64_t c) {
+      const Acc v = element<T>(p.x, at(p.x, first + c));
+      return gate_first ? v * silu(element<T>(p.z, at(p.z, first + c))) : v;
+    };
+    Acc mean[1] = {0}, square[1] = {0};
+    if (!p.is_rms_norm) {
+      for (int64_t c = team.thread; c < p.group_size; c += team.threads) mean[0] += source(c);
+      sum(mean);
+      mean[0] /= static_cast<Acc>(p.group_size);
+    }
+    for (int64_t c = team.thread; c < p.group_size; c += team.threads) {
+      const Acc d = source(c) - mean[0];
+      square[0] += d * d;
+    }
+    sum(square);
+    const Acc rstd = reciprocal_root(square[0], p.group_size, p.eps);
+    for (int64_t c = team.thread; c < p.group_size; c += team.threads) {
+      Acc v = (source(c) - mean[0]) * rstd * parameter<Acc>(p.weight, first + c);
+      if (given(p.bias)) v += parameter<Acc>(p.bias, first + c);
+      if (gate_last) v *= silu(element<T>(p.z, at(p.z, first + c)));
+      static_cast<T*>(p.out.data)[at(p.out, first + c)] = from_accumulate<T>(v);
+    }
+  }
+}
+
+template <class T>
+RowPlan plan(const RmsNormGatedParams& p) {
+  bool vectors = false;
+  if constexpr (sizeof(T) <= 4) {
+    vectors = rows_are_vectors<T>(p.x) && rows_are_vectors<T>(p.z) && rows_are_vectors<T>(p.out);
+  }
+  constexpr int kParameter = Vector<T>::kSize / 4;
+  const int slots = kStages * 2 + kParameter * (given(p.bias) ? 2 : 1);
+  return plan_rows<T>(p.rows, p.channels / p.group_size, p.group_size, vectors, slots,
+                      kForwardLimits);
+}
+
+}  // namespace
+
+template <class T>
+CudaStatus launch_rms_norm_gated_fwd(const RmsNormGatedParams& p, CudaStream stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (p.rows == 0 || p.channels == 0) return cudaSuccess;
+  const RowPlan rows = plan<T>(p);
+  if constexpr (sizeof(T) <= 4) {
+    for_vectors<T>(rows.vectors, [&](auto vectors) {
+      launch_rows(forward_vectors<T, vectors>, rows, stream, p, rows.teams);
+    });
+  }
+  if (rows.vectors == 0) launch_rows(forward_elements<T>, rows, stream, p, rows.teams);
+  return cudaGetLastError();
+}
+
+template CudaStatus launch_rms_norm_gated_fwd<MAMBA_SSM_ELEMENT>(const RmsNormGatedParams&,
+                                                                 CudaStream);
+
+}  // namespace mamba_ssm::kernels

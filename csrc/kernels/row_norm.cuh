@@ -1,0 +1,434 @@
+// What the CUDA kernels of the norms share: teams of threads that own rows, their sums, rows on
+// their way through shared memory, and the addition of partial gradients.
+//
+// A team owns one group of channels of every strips-th row and walks down those rows. Vectors: a
+// thread owns the same few vectors of every row; copies of the next row are in flight while it
+// works on this one, and it reads only what it copied itself, so that teams meet nowhere but in
+// their sums. Elements (any strides, any width): a thread takes every threads-th channel, and each
+// pass reads its inputs again, from the cache.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "device.cuh"
+#include "row_norm.h"
+
+namespace mamba_ssm::kernels {
+
+/// Threads of the largest team.
+constexpr int kMostTeam = 512;
+/// Two blocks of so many leave a thread 96 registers, which a backward of up to 16 elements needs.
+constexpr int kMostTwoTeams = 320;
+template <class T, int kVectors>
+constexpr bool kTwoTeams = kVectors * 16 / sizeof(T) <= 16;
+
+/// How a launch divides its rows.
+struct RowTeams {
+  int threads;     // of a team: a power of two up to a warp, or the block
+  int block;       // threads of a block
+  int64_t groups;  // of channels of a row
+  int64_t strips;  // teams for each group; at most the rows
+
+  unsigned blocks() const {
+    return static_cast<unsigned>(ceil_div(groups * strips * threads, block));
+  }
+};
+
+/// The team of a thread.
+struct Team {
+  int thread, threads;
+  unsigned lanes;  // of its warp
+  int64_t group, strip, strips;
+  bool works;  // false behind the last team, which is nobody's business but its own
+
+  __device__ explicit Team(const RowTeams& teams) : threads(teams.threads), strips(teams.strips) {
+    thread = threadIdx.x % threads;
+    const int lane = threadIdx.x % kWarpSize;
+    lanes = threads >= kWarpSize ? kAllLanes : ((1u << threads) - 1) << (lane - thread);
+    const int64_t index =
+        int64_t{blockIdx.x} * (teams.block / threads) + static_cast<int>(threadIdx.x) / threads;
+    group = index % teams.groups;
+    strip = index / teams.groups;
+    works = strip < strips;
+  }
+};
+
+/// Sums over the threads of a team, in a fixed order; every thread gets them.
+template <class Acc>
+class TeamSum {
+ public:
+  static constexpr int kMost = 3;  // values at a time
+  /// Used in turn, so that one barrier for each sum is enough.
+  using Buffers = Acc[2][kMost][kWarpSize];
+
+  __device__ TeamSum(const Team& team, Buffers& buffers) : team_(team), buffers_(buffers) {}
+
+  template <int kCount>
+  __device__ __forceinline__ void operator()(Acc (&values)[kCount]) {
+    static_assert(kCount <= kMost);
+    const int width = team_.threads < kWarpSize ? team_.threads : kWarpSize;
+    add_lanes(values, team_.lanes, width);
+    if (team_.threads <= kWarpSize) return;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    if (lane == 0) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) buffers_[turn_][k][warp] = values[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      values[k] = lane < team_.threads / kWarpSize ? buffers_[turn_][k][lane] : Acc(0);
+    }
+    add_lanes(values, kAllLanes, kWarpSize);
+    turn_ ^= 1;
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ static void add_lanes(Acc (&values)[kCount], unsigned lanes,
+                                                   int width) {
+    for (int distance = width / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        values[k] += __shfl_xor_sync(lanes, values[k], distance);
+      }
+    }
+  }
+
+  const Team& team_;
+  Buffers& buffers_;
+  int turn_ = 0;
+};
+
+/// Where a row stands along the three merged axes.
+struct RowIndex {
+  int64_t i, j, k;
+
+  __device__ __forceinline__ RowIndex(const RowAxes& axes, int64_t row) : i(0), j(0), k(row) {
+    if (axes.size[0] == 1 && axes.size[1] == 1) return;
+    k = row % axes.size[2];
+    const int64_t above = row / axes.size[2];
+    j = above % axes.size[1];
+    i = above / axes.size[1];
+  }
+  /// The element of `v` at a channel of the row.
+  __device__ __forceinline__ int64_t operator()(const View<4>& v, int64_t channel = 0) const {
+    return i * v.stride[0] + j * v.stride[1] + k * v.stride[2] + channel * v.stride[3];
+  }
+};
+
+template <class T>
+__device__ __forceinline__ Accumulate<T> element(const View<4>& v, int64_t offset) {
+  return to_accumulate(static_cast<const T*>(v.data)[offset]);
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc parameter(const View<1>& v, int64_t channel) {
+  return load_as<Acc>(v.data, v.dtype, channel * v.stride[0]);
+}
+
+/// 1 / sqrt(sum / count + eps)
+template <class Acc>
+__device__ __forceinline__ Acc reciprocal_root(Acc sum, int64_t count, double eps) {
+  return rsqrt(sum / static_cast<Acc>(count) + static_cast<Acc>(eps));
+}
+
+/// From the gradient g of a normalized channel n to that of the channel.
+template <class Acc>
+struct NormGradient {
+  Acc rstd, mean_g, mean_ng;
+
+  /// Sums over the group, d = s - mean: of d^2, of d g, of g.
+  __device__ NormGradient(const Acc (&sums)[3], int64_t count, double eps, bool is_rms_norm)
+      : rstd(reciprocal_root(sums[0], count, eps)),
+        mean_g(is_rms_norm ? Acc(0) : sums[2] / static_cast<Acc>(count)),
+        mean_ng(rstd * sums[1] / static_cast<Acc>(count)) {}
+
+  __device__ __forceinline__ Acc operator()(Acc n, Acc g) const {
+    return (g - mean_g - n * mean_ng) * rstd;
+  }
+};
+
+// ---- Rows as vectors, through shared memory
+
+/// Slots of 16 bytes that a thread has in shared memory, next to those of the other threads.
+class Slots {
+ public:
+  __device__ explicit Slots(uint4* shared) : mine_(shared + threadIdx.x) {}
+  __device__ __forceinline__ uint4& operator[](int i) const { return mine_[i * blockDim.x]; }
+
+ private:
+  uint4* mine_;
+};
+
+/// A tensor whose rows come in vectors of Vector<T>::kSize elements, of T or, wider, of float.
+template <class T>
+struct RowStream {
+  static constexpr int kVec = Vector<T>::kSize;
+  const View<4>& view;
+
+  /// 16-byte slots of a vector.
+  __host__ __device__ static int slots(const View<4>& v) {
+    if (!given(v)) return 0;
+    return sizeof(T) == 2 && v.dtype == DType::kFloat32 ? 2 : 1;
+  }
+  __device__ __forceinline__ bool wide() const {
+    return sizeof(T) == 2 && view.dtype == DType::kFloat32;
+  }
+
+  __device__ __forceinline__ void fetch(const Slots& slots, int slot, int64_t offset) const {
+    if (wide()) {
+      const float* const data = static_cast<const float*>(view.data) + offset;
+      copy_async(reinterpret_cast<Pack<float, 4>*>(&slots[slot]), data);
+      copy_async(reinterpret_cast<Pack<float, 4>*>(&slots[slot + 1]), data + 4);
+    } else {
+      copy_async(reinterpret_cast<Pack<T, kVec>*>(&slots[slot]),
+                 static_cast<const T*>(view.data) + offset);
+    }
+  }
+
+  /// A vector that is not wide.
+  __device__ __forceinline__ static const Pack<T, kVec> pack(const Slots& slots, int slot) {
+    return *reinterpret_cast<const Pack<T, kVec>*>(&slots[slot]);
+  }
+
+  __device__ __forceinline__ void read(const Slots& slots, int slot, float (&v)[kVec]) const {
+    if (wide()) {
+#pragma unroll
+      for (int e = 0; e < kVec; e += 4) {
+        const auto pack = *reinterpret_cast<const Pack<float, 4>*>(&slots[slot + e / 4]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[e + i] = pack[i];
+      }
+    } else {
+      const Pack<T, kVec> narrow = pack(slots, slot);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) v[e] = narrow[e];
+    }
+  }
+
+  __device__ __forceinline__ void write(int64_t offset, const float (&v)[kVec]) const {
+    if (wide()) {
+      float* const data = static_cast<float*>(view.data) + offset;
+#pragma unroll
+      for (int e = 0; e < kVec; e += 4) {
+        *reinterpret_cast<float4*>(data + e) = make_float4(v[e], v[e + 1], v[e + 2], v[e + 3]);
+      }
+    } else {
+      Pack<T, kVec> pack;
+      pack.round(v);
+      pack.store(static_cast<T*>(view.data) + offset);
+    }
+  }
+};
+
+/// Elements of a parameter, or sums for its gradient, that belong to the vectors of a thread: kept
+/// as float in its slots.
+template <int kVec>
+struct SharedParameter {
+  static constexpr int kSlots = kVec / 4;  // of a vector
+
+  __device__ __forceinline__ static void keep(const Slots& slots, int slot, const View<1>& v,
+                                              int64_t channel) {
+    ParameterBits<float, kVec> bits;
+    bits.load(v.data, v.dtype, channel * v.stride[0], v.stride[0]);
+#pragma unroll
+    for (int e = 0; e < kVec; e += 4) {
+      slots[slot + e / 4] = make_uint4(
+          __float_as_uint(bits.value(v.dtype, e)), __float_as_uint(bits.value(v.dtype, e + 1)),
+          __float_as_uint(bits.value(v.dtype, e + 2)), __float_as_uint(bits.value(v.dtype, e + 3)));
+    }
+  }
+  __device__ __forceinline__ static void clear(const Slots& slots, int slot) {
+#pragma unroll
+    for (int q = 0; q < kSlots; ++q) slots[slot + q] = make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ static void add(const Slots& slots, int slot, const float (&v)[4]) {
+    float4& sums = reinterpret_cast<float4&>(slots[slot]);
+    sums = make_float4(sums.x + v[0], sums.y + v[1], sums.z + v[2], sums.w + v[3]);
+  }
+  /// Four elements, as a slot holds them.
+  __device__ __forceinline__ static const Pack<float, 4> read(const Slots& slots, int slot) {
+    return *reinterpret_cast<const Pack<float, 4>*>(&slots[slot]);
+  }
+};
+
+/// Stages of a ring of rows: one in work, one on its way.
+constexpr int kStages = 2;
+
+/// True if the rows of a tensor, absent ones included, are vectors.
+template <class T>
+bool rows_are_vectors(const View<4>& v) {
+  const int64_t size = v.dtype == DType::kFloat32 ? 4 : Vector<T>::kSize;
+  return !given(v) ||
+         (reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride[3] == 1 &&
+          v.stride[0] % size == 0 && v.stride[1] % size == 0 && v.stride[2] % size == 0);
+}
+
+// ---- Launches
+
+/// A launch: vectors of each thread (0: by elements), its teams, bytes of dynamic shared memory.
+struct RowPlan {
+  int vectors;
+  RowTeams teams;
+  size_t shared;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+/// Fills the multiprocessors with about so many threads each.
+inline void place_teams(RowPlan& plan, int64_t rows, int threads_resident) {
+  int64_t resident = std::max(threads_resident / plan.teams.block, 1);
+  if (plan.shared > 0) {
+    constexpr int64_t kReserved = 2048;  // of a block: the runtime's and the sums'
+    const int64_t fit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
+                        (static_cast<int64_t>(plan.shared) + kReserved);
+    resident = std::clamp<int64_t>(fit, 1, resident);
+  }
+  const int64_t places =
+      multiprocessor_count() * resident * (plan.teams.block / plan.teams.threads);
+  plan.teams.strips = std::min(rows, std::max<int64_t>(places / plan.teams.groups, 1));
+}
+
+/// What the registers of a kernel by vectors allow: threads of a multiprocessor, and of a team with
+/// up to 16 elements each.
+struct RowLimits {
+  int threads_resident, team;
+};
+constexpr RowLimits kForwardLimits = {1024, kMostTeam};
+constexpr RowLimits kBackwardLimits = {2 * kMostTwoTeams, kMostTwoTeams};
+
+/// `rows` of `groups` groups of `width` channels. `vectors`: whether all tensors allow them;
+/// `slots`: what a thread keeps in shared memory for each of its vectors.
+template <class T>
+RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int slots,
+                  const RowLimits& limits) {
+  constexpr int kVec = Vector<T>::kSize;
+  constexpr int kSmallBlock = 128;
+  RowPlan best{};
+  if (vectors && width % kVec == 0) {
+    double best_use = 0;
+    for (const int elements : {16, 8, 32}) {  // of a thread, the best first
+      const int64_t per_thread = elements / kVec;
+      int64_t threads = ceil_div(width / kVec, per_thread);
+      if (threads <= kWarpSize) {
+        int64_t power = 1;
+        while (power < threads) power *= 2;
+        threads = power;
+      } else {
+        threads = ceil_div(threads, kWarpSize) * kWarpSize;
+      }
+      if (threads > (elements <= 16 ? limits.team : kMostTeam)) continue;
+      const double use = static_cast<double>(width / kVec) / (threads * per_thread);
+      if (use <= best_use) continue;
+      RowPlan plan{};
+      plan.vectors = static_cast<int>(per_thread);
+      plan.teams.threads = static_cast<int>(threads);
+      plan.teams.block = threads <= kWarpSize ? kSmallBlock : static_cast<int>(threads);
+      plan.teams.groups = groups;
+      plan.shared = static_cast<size_t>(per_thread * slots * plan.teams.block) * sizeof(uint4);
+      constexpr size_t kReserved = 2048;
+      if (plan.shared + kReserved >
+          static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))) {
+        continue;
+      }
+      best = plan;
+      best_use = use;
+    }
+    if (best_use > 0) {
+      place_teams(best, rows, limits.threads_resident);
+      return best;
+    }
+  }
+  constexpr int kBlock = 256;
+  best.teams.threads = width <= 32 * kWarpSize ? kWarpSize : kBlock;
+  best.teams.block = kBlock;
+  best.teams.groups = groups;
+  place_teams(best, rows, 4 * kBlock);
+  return best;
+}
+
+template <class Kernel, class... Arguments>
+void launch_rows(Kernel kernel, const RowPlan& plan, cudaStream_t stream,
+                 const Arguments&... arguments) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (plan.shared > kWithoutAsking) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(plan.shared));
+  }
+  kernel<<<plan.teams.blocks(), plan.teams.block, plan.shared, stream>>>(arguments...);
+}
+
+/// Calls f(std::integral_constant) with the vectors of a thread.
+template <class T, class F>
+void for_vectors(int vectors, F f) {
+  constexpr int kSmallest = 8 / Vector<T>::kSize;
+  switch (vectors / kSmallest) {
+    case 1:
+      return f(std::integral_constant<int, kSmallest>{});
+    case 2:
+      return f(std::integral_constant<int, 2 * kSmallest>{});
+    case 4:
+      return f(std::integral_constant<int, 4 * kSmallest>{});
+  }
+}
+
+// ---- Gradients of parameters
+
+/// Partial sums of kParameters parameters: (strips, kParameters, channels).
+template <int kParameters>
+struct ParameterGradients {
+  View<1> view[kParameters];
+  int64_t channels, strips;
+};
+
+constexpr int kReduceThreads = 1024;
+
+/// A block adds the partial sums of 32 channels of one parameter: each warp every 32nd of them,
+/// then the sums of the warps, in order.
+template <class Acc, int kParameters>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_partials(const ParameterGradients<kParameters> gradients, const Acc* partials) {
+  constexpr int kWarps = kReduceThreads / kWarpSize;
+  __shared__ Acc shared[kWarps][kWarpSize];
+  View<1> gradient = gradients.view[0];
+#pragma unroll
+  for (int k = 1; k < kParameters; ++k) {
+    if (blockIdx.y == k) gradient = gradients.view[k];
+  }
+  if (!given(gradient)) return;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t channels = gradients.channels;
+  const int64_t channel = blockIdx.x * int64_t{kWarpSize} + lane;
+  Acc sum = 0;
+  if (channel < channels) {
+    const Acc* const column = partials + blockIdx.y * channels + channel;
+#pragma unroll 8
+    for (int64_t strip = warp; strip < gradients.strips; strip += kWarps) {
+      sum += column[strip * kParameters * channels];
+    }
+  }
+  shared[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || channel >= channels) return;
+  for (int w = 1; w < kWarps; ++w) sum += shared[w][lane];
+  store_as(gradient.data, gradient.dtype, channel * gradient.stride[0], sum);
+}
+
+template <class Acc, int kParameters>
+void launch_reduce(const ParameterGradients<kParameters>& gradients, const void* workspace,
+                   cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>(ceil_div(gradients.channels, kWarpSize)), kParameters);
+  reduce_partials<Acc, kParameters>
+      <<<blocks, kReduceThreads, 0, stream>>>(gradients, static_cast<const Acc*>(workspace));
+}
+
+}  // namespace mamba_ssm::kernels

@@ -1,0 +1,628 @@
+// What the CUDA kernels of the SSD chunk scan share: sequences and their segments, step sizes and
+// decays of a chunk, tiles in shared memory, and products on the tensor cores.
+//
+// A chunk is 64 tokens of a sequence. Decays are kept as base-2 logarithms, summed within a chunk:
+// c_t = log2(e) A sum d. They meet in differences c_i - c_j with j <= i only, which for A <= 0 are
+// never positive, so that no power of two overflows. Resets do not enter the sums: their number up
+// to a token is kept beside them. Token i sees token j <= i where both numbers are equal, and the
+// state before the chunk where its own is 0.
+//
+// Segments. Where few rows and heads have to fill the GPU, sequences are cut in time, each segment
+// of as many tokens (a multiple of a chunk; the last one of a sequence may be shorter). A slot is
+// the place of a segment in the grid and in the workspace. Only the device knows the lengths in
+// cu_seqlens; sequence r starts with slot floor(begin / length) + r, which leaves room for all of
+// its segments whatever the lengths are, and some slots without a segment.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device.cuh"
+#include "packed_sequences.h"
+#include "scan.cuh"
+#include "ssd_chunk_scan.h"
+
+namespace mamba_ssm::kernels {
+
+constexpr int kChunk = 64;  // tokens
+
+// ---- Sequences ---------------------------------------------------------------------------------
+
+/// Tokens [begin, end) of batch row `row`.
+struct Sequence {
+  int64_t row, begin, end;
+};
+
+/// Sequence r of a call. Wrong values of cu_seqlens give wrong sequences, never a wild access.
+__device__ inline Sequence sequence_of(const SsdChunkScanParams& p, int64_t r) {
+  if (!given(p.cu_seqlens)) return {r, 0, p.seqlen};
+  const View<1>& v = p.cu_seqlens;
+  const auto bound = [&](int64_t i, int64_t least) {
+    const int64_t t = load_index(v.data, v.dtype, i * v.stride[0]);
+    return max(least, min(t, p.seqlen));
+  };
+  const int64_t begin = bound(r, 0);
+  return {0, begin, bound(r + 1, begin)};
+}
+
+/// How the sequences of a call are cut.
+struct Segments {
+  int64_t length;        // tokens, a multiple of kChunk
+  int64_t per_sequence;  // at most
+  int64_t slots;
+
+  static Segments of_length(const SsdChunkScanParams& p, int64_t length) {
+    const int64_t most = p.seqlen <= length ? 1 : ceil_div(p.seqlen, length);
+    const int64_t slots =
+        given(p.cu_seqlens) ? p.seqlen / length + p.num_sequences : p.num_sequences * most;
+    return {length, most, slots};
+  }
+
+  __device__ int64_t first_slot(const SsdChunkScanParams& p, int64_t r, int64_t begin) const {
+    return given(p.cu_seqlens) ? begin / length + r : r * per_sequence;
+  }
+};
+
+/// The segment of a slot: tokens [begin, end) of batch row `row`.
+struct Segment {
+  int64_t sequence, row, begin, end;
+  bool exists;  // the first segment of an empty sequence does, with begin == end
+  bool first, last;
+};
+
+__device__ inline Segment segment_of(const SsdChunkScanParams& p, const Segments& segments,
+                                     int64_t slot) {
+  int64_t r = slot / segments.per_sequence;
+  if (given(p.cu_seqlens)) {
+    // The last sequence whose first slot is at most `slot`.
+    r = 0;
+    for (int64_t above = p.num_sequences; r + 1 < above;) {
+      const int64_t middle = (r + above) / 2;
+      const bool before = segments.first_slot(p, middle, sequence_of(p, middle).begin) <= slot;
+      (before ? r : above) = middle;
+    }
+  }
+  const Sequence sequence = sequence_of(p, r);
+  const int64_t i = slot - segments.first_slot(p, r, sequence.begin);
+  Segment segment{};
+  segment.sequence = r;
+  segment.row = sequence.row;
+  segment.begin = sequence.begin + i * segments.length;
+  segment.end = min(sequence.end, segment.begin + segments.length);
+  segment.first = i == 0;
+  segment.last = segment.begin + segments.length >= sequence.end;
+  segment.exists = i == 0 || (i > 0 && segment.begin < sequence.end);
+  return segment;
+}
+
+// ---- Step sizes and decays ---------------------------------------------------------------------
+
+/// From dt to the step size d of one head, and what d decays by.
+template <class Acc>
+struct StepRule {
+  Acc bias, min, max;
+  Acc rate;  // log2(e) A
+  bool use_softplus;
+
+  __device__ StepRule(const SsdChunkScanParams& p, int64_t head)
+      : bias(parameter<Acc>(p.dt_bias, head)),
+        min(static_cast<Acc>(p.dt_min)),
+        max(static_cast<Acc>(p.dt_max)),
+        rate(parameter<Acc>(p.A, head) * Acc(1.44269504088896340736)),
+        use_softplus(p.dt_softplus) {}
+
+  __device__ Acc step(Acc dt) const {
+    const Acc x = dt + bias;
+    const Acc d = use_softplus ? softplus(x) : x;
+    return d < min ? min : d > max ? max : d;
+  }
+
+  /// d step / d dt: 0 where the step was outside [min, max].
+  __device__ Acc gradient(Acc dt) const {
+    const Acc x = dt + bias;
+    const Acc d = use_softplus ? softplus(x) : x;
+    if (d < min || d > max) return Acc(0);
+    return use_softplus ? softplus_gradient(x) : Acc(1);
+  }
+};
+
+/// dt and marks of a chunk as they stand in memory; lane l of a warp holds tokens 2l and 2l + 1.
+/// Tokens from `end` on are padding.
+template <class Acc>
+struct ChunkTokens {
+  ParameterBits<Acc, 1> dt[2];
+  uint8_t mark[2];
+
+  __device__ __forceinline__ void load(const SsdChunkScanParams& p, int64_t row, int64_t head,
+                                       int64_t begin, int64_t end) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t t = begin + 2 * (threadIdx.x % kWarpSize) + i;
+      mark[i] = kPadding;
+      if (t < end) {
+        mark[i] = p.marks != nullptr ? p.marks[row * p.seqlen + t] : uint8_t{kContinue};
+        dt[i].load(p.dt.data, p.dt.dtype,
+                   row * p.dt.stride[0] + t * p.dt.stride[1] + head * p.dt.stride[2]);
+      }
+    }
+  }
+};
+
+/// The running sum over the tokens of a chunk, lane l holding tokens 2l and 2l + 1. Added up in an
+/// order of its own, the same in every call.
+template <class N>
+__device__ __forceinline__ void sum_up_tokens(N (&x)[2]) {
+  const int lane = threadIdx.x % kWarpSize;
+  N total = x[0] + x[1];
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const N other = __shfl_up_sync(kAllLanes, total, distance);
+    if (lane >= distance) total += other;
+  }
+  N before = __shfl_up_sync(kAllLanes, total, 1);
+  if (lane == 0) before = 0;
+  x[0] += before;
+  x[1] = total;
+}
+
+/// Step sizes, decays and resets of a chunk; lane l of a warp holds tokens 2l and 2l + 1.
+template <class Acc>
+struct ChunkSteps {
+  Acc step[2];     // d_t; 0 at padding
+  Acc decay[2];    // c_t
+  int resets[2];   // marked tokens from the chunk's first one to t
+  Acc last_decay;  // of the chunk's last token, in every lane
+  int last_resets;
+
+  __device__ __forceinline__ ChunkSteps(const StepRule<Acc>& rule, const ChunkTokens<Acc>& tokens,
+                                        DType dt_dtype) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      step[i] = tokens.mark[i] == kPadding ? Acc(0) : rule.step(tokens.dt[i].value(dt_dtype, 0));
+      decay[i] = step[i] * rule.rate;
+      resets[i] = tokens.mark[i] == kReset;
+    }
+    sum_up_tokens(decay);
+    sum_up_tokens(resets);
+    last_decay = __shfl_sync(kAllLanes, decay[1], kWarpSize - 1);
+    last_resets = __shfl_sync(kAllLanes, resets[1], kWarpSize - 1);
+  }
+
+  /// What is left at token i of the state before the chunk.
+  __device__ __forceinline__ Acc entering(int i) const {
+    return resets[i] == 0 ? fast_exp2(decay[i]) : Acc(0);
+  }
+  /// What is left after the chunk of token i's contribution to the state.
+  __device__ __forceinline__ Acc leaving(int i) const {
+    return resets[i] == last_resets ? fast_exp2(last_decay - decay[i]) : Acc(0);
+  }
+  /// What is left after the chunk of the state before it.
+  __device__ __forceinline__ Acc passing() const {
+    return last_resets == 0 ? fast_exp2(last_decay) : Acc(0);
+  }
+};
+
+// ---- Tiles in shared memory --------------------------------------------------------------------
+//
+// A tile of 16-bit elements has rows of 64 columns (128 bytes); wider tiles are panels of 64
+// columns behind one another. The eight 16-byte vectors of a row are permuted by the row's number,
+// so that the same vector of eight rows, what ldmatrix reads at a time, lies in different banks.
+
+constexpr int kPanel = 64;      // columns
+constexpr int kTileVector = 8;  // elements of 16 bytes
+
+/// Position of an element in a tile of kRows rows.
+template <int kRows>
+__device__ __forceinline__ int tile_at(int row, int column) {
+  const int vector = (column >> 3 ^ row) & 7;
+  return ((column >> 6) * kRows + row) * kPanel + vector * kTileVector + (column & 7);
+}
+
+/// tile_at(row + lane_row, column + 8 * lane_vector) for a row that is a multiple of 8 and a column
+/// that is one of 16: what depends on the lane (lane_vector is 0 or 1) is computed once for all of
+/// them.
+template <int kRows>
+__device__ __forceinline__ int tile_at(int row, int column, int lane_row, int lane_vector) {
+  const int lane_part = lane_row * kPanel + ((lane_vector ^ lane_row) & 7) * kTileVector;
+  return (lane_part ^ (column & 63)) + ((column >> 6) * kRows + row) * kPanel;
+}
+
+/// True if rows of v move as 16-byte vectors, whatever multiple of 8 columns they start at.
+template <class T>
+bool has_vector_rows(const View<4>& v) {
+  return v.stride[3] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1], v.stride[2]);
+}
+
+// ---- Products on the tensor cores --------------------------------------------------------------
+//
+// D (16 x 8, float32) += A (16 x 16) B (16 x 8), T = Half or BFloat16, sm_80 and up. What the lane
+// l = 4 r + c of a warp holds, as pairs of columns (A, D) or of rows (B):
+//
+//   A[0] (r, 2c)   A[1] (r + 8, 2c)   A[2] (r, 2c + 8)   A[3] (r + 8, 2c + 8)
+//   B[0] (2c, r)   B[1] (2c + 8, r)
+//   D[0] (r, 2c)   D[1] (r, 2c + 1)   D[2] (r + 8, 2c)   D[3] (r + 8, 2c + 1)
+//
+// So D of two neighboring products, rounded in pairs, is A of a next one. Code for devices before
+// sm_80, where no launcher calls these, is empty.
+
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, Half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+/// Four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i + 7 point at the rows of matrix i. Lane
+/// 4 r + c gets (r, 2c) and (r, 2c + 1) of each, or with kTransposed (2c, r) and (2c + 1, r).
+template <bool kTransposed, class T>
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const T* row) {
+#if __CUDA_ARCH__ >= 750
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  }
+#endif
+}
+
+/// The number of the warp, known to the compiler to be the same for all of its lanes.
+__device__ __forceinline__ int warp_id() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+
+// The operands of products out of a tile. `tile` is M or its transpose as it lies in shared memory;
+// row and column count there and are multiples of 16. What depends on the lane is kept in registers
+// through a loop; give recomputed(lane_id()) where there are none to spare.
+
+/// A = M[row .. + 16][column .. + 16].
+template <int kRows, class T>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const T* tile, int row, int column,
+                                       int lane = lane_id()) {
+  load_matrices<false>(a, tile + tile_at<kRows>(row, column, lane % 16, lane / 16));
+}
+
+/// A = M[row .. + 16][column .. + 16] transposed.
+template <int kRows, class T>
+__device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const T* tile, int row,
+                                                  int column, int lane = lane_id()) {
+  load_matrices<true>(a,
+                      tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2));
+}
+
+/// B of two products: b[0], b[1] = M[row .. + 16][column .. + 8], b[2], b[3] the 8 columns behind.
+template <int kRows, class T>
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], const T* tile, int row, int column,
+                                       int lane = lane_id()) {
+  load_matrices<true>(b, tile + tile_at<kRows>(row, column, lane % 16, lane / 16));
+}
+
+/// B of two products, of M transposed: b[0], b[1] = M[row .. + 8][column .. + 16]^T, b[2], b[3] the
+/// 8 rows below.
+template <int kRows, class T>
+__device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const T* tile, int row,
+                                                  int column, int lane = lane_id()) {
+  load_matrices<false>(b,
+                       tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2));
+}
+
+/// The inverse of load_a.
+template <int kRows, class T>
+__device__ __forceinline__ void store_a(const uint32_t (&a)[4], T* tile, int row, int column,
+                                        int lane = lane_id()) {
+#if __CUDA_ARCH__ >= 900
+  T* const own = tile + tile_at<kRows>(row, column, lane % 16, lane / 16);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(own))),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = tile_at<kRows>(row + i % 2 * 8 + lane / 4, column + i / 2 * 8 + lane % 4 * 2);
+    *reinterpret_cast<uint32_t*>(tile + at) = a[i];
+  }
+#endif
+}
+
+/// The inverse of load_a_transposed.
+template <int kRows, class T>
+__device__ __forceinline__ void store_a_transposed(const uint32_t (&a)[4], T* tile, int row,
+                                                   int column, int lane = lane_id()) {
+#if __CUDA_ARCH__ >= 900
+  T* const own = tile + tile_at<kRows>(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(own))),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
+#elif __CUDA_ARCH__ >= 750
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(a[i]));
+    const int at = tile_at<kRows>(row + i / 2 * 8 + lane / 4, column + i % 2 * 8 + lane % 4 * 2);
+    *reinterpret_cast<uint32_t*>(tile + at) = transposed;
+  }
+#endif
+}
+
+/// Two elements in one register, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float x, float y) {
+  Pack<T, 2> pair;
+  const float values[2] = {x, y};
+  pair.round(values);
+  return pair.word[0];
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
+  Pack<T, 2> pair;
+  pair.word[0] = bits;
+  return make_float2(pair[0], pair[1]);
+}
+
+// ---- Products of a unit ------------------------------------------------------------------------
+//
+// Four neighboring warps, the first of which has a number that four divides, own 16 of 64 rows of
+// each accumulator: d[t] is the D above of columns 8t .. 8t + 7. Operands A in registers are those
+// rows of A in steps of 16 columns; tiles start on 1024-byte boundaries.
+//
+// Where the code is made for sm_90a the four warps multiply together (wgmma), with the operand B,
+// or both, read from tiles by the tensor cores themselves. Tiles have the layout which that calls
+// the 128-byte swizzle. What was written to them needs publish_tiles() before the barrier that
+// shows it to the readers. Elsewhere every warp multiplies for itself.
+
+/// Writes of this thread to tiles, asynchronous ones that it has waited for included, become
+/// visible to multiplications after the next barrier.
+__device__ __forceinline__ void publish_tiles() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// Barrier of the four warps of unit `unit`.
+__device__ __forceinline__ void sync_unit(int unit) {
+  asm volatile("bar.sync %0, 128;" ::"r"(unit + 1) : "memory");
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+/// Describes a tile from `start` on to wgmma: `step` bytes from 8 rows to the next 8, `panel` bytes
+/// from 64 columns to the next 64.
+__device__ __forceinline__ uint64_t describe_tile(const void* start, int step, int panel) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(start));
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{static_cast<uint32_t>(step) >> 4} << 32 |
+         uint64_t{static_cast<uint32_t>(panel) >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+
+/// The same, `elements` 16-bit elements further on.
+__device__ __forceinline__ uint64_t advance_tile(uint64_t tile, int elements) {
+  return tile + elements * 2 / 16;
+}
+
+#define MAMBA_SSM_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
+
+/// d = A B, or d += A B, with A (64, 16) and B^T (64, 16) in tiles.
+template <class T>
+__device__ __forceinline__ void multiply_async(float (&d)[8][4], uint64_t a, uint64_t b,
+                                               bool accumulate) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile(
+        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %34, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, accumulate, 1, 1, 0, 0; }"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else {
+    asm volatile(
+        "{ .reg .pred accumulate; setp.ne.b32 accumulate, %34, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, accumulate, 1, 1, 0, 0; }"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  }
+}
+
+/// d += A B, A (64, 16) in registers, B (16, 64) in a tile; with kTransposed, its rows are those of
+/// B.
+template <class T, int kTransposed>
+__device__ __forceinline__ void multiply_async(float (&d)[8][4], const uint32_t (&a)[4],
+                                               uint64_t b) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  }
+}
+
+/// d += A B, A (64, 16) in registers, B (16, 128) in a tile; with kTransposed, its rows are those
+/// of B.
+template <class T, int kTransposed>
+__device__ __forceinline__ void multiply_async(float (&d)[16][4], const uint32_t (&a)[4],
+                                               uint64_t b) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7),
+          MAMBA_SSM_TILE(8), MAMBA_SSM_TILE(9), MAMBA_SSM_TILE(10), MAMBA_SSM_TILE(11),
+          MAMBA_SSM_TILE(12), MAMBA_SSM_TILE(13), MAMBA_SSM_TILE(14), MAMBA_SSM_TILE(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
+        : MAMBA_SSM_TILE(0), MAMBA_SSM_TILE(1), MAMBA_SSM_TILE(2), MAMBA_SSM_TILE(3),
+          MAMBA_SSM_TILE(4), MAMBA_SSM_TILE(5), MAMBA_SSM_TILE(6), MAMBA_SSM_TILE(7),
+          MAMBA_SSM_TILE(8), MAMBA_SSM_TILE(9), MAMBA_SSM_TILE(10), MAMBA_SSM_TILE(11),
+          MAMBA_SSM_TILE(12), MAMBA_SSM_TILE(13), MAMBA_SSM_TILE(14), MAMBA_SSM_TILE(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed));
+  }
+}
+
+#undef MAMBA_SSM_TILE
+
+/// Before the first of several asynchronous products: their registers are as they should be.
+__device__ __forceinline__ void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+/// Waits for them; d is what they added to.
+template <int kTiles>
+__device__ __forceinline__ void end_products(float (&d)[kTiles][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[t][i])::"memory");
+  }
+}
+
+#endif
+
+constexpr int kRowGroup = 8 * kPanel * 2;         // bytes of 8 rows of a tile
+constexpr int kChunkPanel = kChunk * kPanel * 2;  // bytes of 64 columns of a tile of kChunk rows
+
+/// d = P Q^T for tiles P and Q of (kChunk, kColumns). Without wgmma only its lower triangle, in
+/// blocks of 16.
+template <int kColumns, class T>
+__device__ __forceinline__ void multiply_tiles(float (&d)[kChunk / 8][4], const T* P, const T* Q) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t p = describe_tile(P, kRowGroup, 0);
+  const uint64_t q = describe_tile(Q, kRowGroup, 0);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kColumns; k += 16) {
+    const int at = k / kPanel * kChunk * kPanel + k % kPanel;
+    multiply_async<T>(d, advance_tile(p, at), advance_tile(q, at), k > 0);
+  }
+  end_products(d);
+#else
+  const int row = warp_id() % 4 * 16;
+#pragma unroll
+  for (int t = 0; t < kChunk / 8; ++t) d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0;
+#pragma unroll
+  for (int k = 0; k < kColumns; k += 16) {
+    uint32_t a[4];
+    load_a<kChunk>(a, P, row, k);
+#pragma unroll
+    for (int column = 0; column < kChunk; column += 16) {
+      if (column > row) break;
+      uint32_t b[4];
+      load_b_transposed<kChunk>(b, Q, column, k);
+      multiply_add<T>(d[column / 8], a, b[0], b[1]);
+      multiply_add<T>(d[column / 8 + 1], a, b[2], b[3]);
+    }
+  }
+#endif
+}
+
+/// d += A Q^T for A (64, 16 * kSteps) in registers and Q[.., first ..] of a tile of kChunk rows.
+/// With kLower, Q is zero right of its diagonal blocks of 16.
+template <bool kLower, int kSteps, class T>
+__device__ __forceinline__ void multiply_transposed(float (&d)[kChunk / 8][4],
+                                                    const uint32_t (&a)[kSteps][4], const T* Q,
+                                                    int first) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t q = describe_tile(Q, kRowGroup, 0);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const int column = first + 16 * k;
+    const int at = column / kPanel * kChunk * kPanel + column % kPanel;
+    multiply_async<T, 0>(d, a[k], advance_tile(q, at));
+  }
+  end_products(d);
+#else
+  const int lane = recomputed(lane_id());
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int row = kLower ? 16 * k : 0; row < kChunk; row += 16) {
+      uint32_t b[4];
+      load_b_transposed<kChunk>(b, Q, row, first + 16 * k, lane);
+      multiply_add<T>(d[row / 8], a[k], b[0], b[1]);
+      multiply_add<T>(d[row / 8 + 1], a[k], b[2], b[3]);
+    }
+  }
+#endif
+}
+
+/// d += A Q for A (64, kChunk) in registers and a tile Q of (kChunk, 8 * kTiles).
+template <int kTiles, class T>
+__device__ __forceinline__ void multiply(float (&d)[kTiles][4], const uint32_t (&a)[kChunk / 16][4],
+                                         const T* Q) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t q = describe_tile(Q, kRowGroup, kChunkPanel);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    multiply_async<T, 1>(d, a[k], advance_tile(q, k * 16 * kPanel));
+  }
+  end_products(d);
+#else
+  const int lane = recomputed(lane_id());
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+#pragma unroll
+    for (int column = 0; column < 8 * kTiles; column += 16) {
+      uint32_t b[4];
+      load_b<kChunk>(b, Q, k * 16, column, lane);
+      multiply_add<T>(d[column / 8], a[k], b[0], b[1]);
+      multiply_add<T>(d[column / 8 + 1], a[k], b[2], b[3]);
+    }
+  }
+#endif
+}
+
+}  // namespace mamba_ssm::kernels
