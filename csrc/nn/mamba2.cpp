@@ -170,8 +170,8 @@ Mamba2Impl::Parts Mamba2Impl::split(const Tensor& zxbcdt) const {
 
 Tensor Mamba2Impl::project_out(const Parts& parts, const Tensor& y) {
   const Tensor normed = norm ? norm->forward(y, parts.z) : y;
-  if (d_ssm() == d_inner()) return out_proj->forward(normed);
-  return out_proj->forward(at::cat({at::silu(parts.z0) * parts.x0, normed}, -1));
+  if (d_ssm() == d_inner()) return project(out_proj, normed);
+  return project(out_proj, at::cat({at::silu(parts.z0) * parts.x0, normed}, -1));
 }
 
 Tensor Mamba2Impl::forward(const Tensor& u, MambaState* state, const std::optional<Tensor>& seq_idx,
@@ -188,7 +188,7 @@ Tensor Mamba2Impl::forward(const Tensor& u, MambaState* state, const std::option
     return prefill(u, *state, seq_idx, cu_seqlens);
   }
   return std::get<0>(
-      mamba2_inner(in_proj->forward(u), conv1d->weight.squeeze(1), if_defined(conv1d->bias), A(),
+      mamba2_inner(project(in_proj, u), conv1d->weight.squeeze(1), if_defined(conv1d->bias), A(),
                    options.headdim(), options.ngroups(), D_by_head(), dt_bias,
                    norm ? std::optional<Tensor>(norm->weight) : std::nullopt, out_proj->weight,
                    if_defined(out_proj->bias), /*initial_states=*/std::nullopt, seq_idx, cu_seqlens,
@@ -201,7 +201,7 @@ Tensor Mamba2Impl::prefill(const Tensor& u, MambaState& state,
                            const std::optional<Tensor>& cu_seqlens) {
   const int64_t width = options.d_conv();
   const auto seq_idx = cu_seqlens ? std::nullopt : seq_idx_;
-  const Parts parts = split(in_proj->forward(u));
+  const Parts parts = split(project(in_proj, u));
   const Tensor inputs = parts.xBC.transpose(1, 2);  // (batch, channels, seqlen)
   const Tensor past = read_cache(state.conv_state, inputs.scalar_type());
   const auto convolve = [&](const Tensor& x, const std::optional<Tensor>& ids,
@@ -251,7 +251,7 @@ Tensor Mamba2Impl::step(const Tensor& hidden_states, const Tensor& conv_state,
               hidden_states.size(1));
   check_state(conv_state, ssm_state, hidden_states.size(0));
 
-  const Parts parts = split(in_proj->forward(hidden_states.squeeze(1)));
+  const Parts parts = split(project(in_proj, hidden_states.squeeze(1)));
   // The op wants activations and their cache of one type; another type goes through a copy.
   // Detached, so that no autograd history settles in the caller's states.
   const Tensor past = conv_state.detach().to(parts.xBC.scalar_type());

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
+#include <torch/nn/modules/linear.h>
 
 #include <optional>
 
@@ -10,6 +12,11 @@ namespace mamba_ssm {
 
 inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+/// layer(x) as Python computes it: torch's C++ layer rounds the product before it adds the bias.
+inline at::Tensor project(const torch::nn::Linear& layer, const at::Tensor& x) {
+  return at::linear(x, layer->weight, if_defined(layer->bias));
 }
 
 /// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.

@@ -14,8 +14,8 @@ _WEIGHTS = {
     "selective_scan": 26,
     "selective_state_update": 12,
     "ssd_chunk_scan": 22,
-    "mamba_inner": 2,
-    "mamba2_inner": 2,
+    "mamba_inner": 4,
+    "mamba2_inner": 4,
     "rms_norm_gated": 8,
     "layer_norm": 8,
 }

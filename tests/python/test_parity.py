@@ -72,18 +72,20 @@ def test_packed_rows_are_equal(device, packing):
 
 @blocks
 @pytest.mark.parametrize("packed", [False, True])
-def test_decoding_is_equal(device, kind, options, packed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_is_equal(device, kind, options, packed, dtype):
     if packed and kind is Mamba:
         pytest.skip("Mamba takes no packed rows")
     torch.manual_seed(0)
+    options = {**options, "dtype": dtype}
     block = kind(**options, layer_idx=0).to(device)
     twin = cpp_twin(block, device, **options)
-    rows, x, pieces = 2, torch.randn(2, 9, 12, device=device), [4, 1, 1, 3]
+    rows, x, pieces = 2, torch.randn(2, 9, 12, device=device, dtype=dtype), [4, 1, 1, 3]
     params = InferenceParams(max_seqlen=9, max_batch_size=2)
     with torch.no_grad():
         if packed:
             rows, offsets = 3, torch.tensor([0, 2, 2, 9], device=device)
-            x, prompt = torch.randn(3, 4, 12, device=device), x[:1]
+            x, prompt = torch.randn(3, 4, 12, device=device, dtype=dtype), x[:1]
             pieces = [1, 1, 2]
             state = twin.allocate_inference_cache(rows)
             out = block(prompt, cu_seqlens=offsets, inference_params=params)
