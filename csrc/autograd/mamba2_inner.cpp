@@ -9,18 +9,17 @@
 //
 // Everything stays channel-last, as in_proj writes it and out_proj reads it.
 // Source: Mamba-2 (arXiv 2405.21060), section 7, figure 6.
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <mamba_ssm/ops.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "composite.h"
 #include "derivatives.h"
 #include "meta.h"
 
@@ -45,17 +44,6 @@ namespace {
 using c10::SymInt;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-/// `tensor` in type `type`. (at::to returns its argument where it has that type already, which
-/// below autograd no op may do.)
-Tensor as_type(const Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
-
-/// Inside the composite every dtype is chosen already: autocast must not touch its products.
-c10::impl::ExcludeDispatchKeyGuard without_autocast() {
-  return c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
-}
 
 /// What a call has besides tensors.
 struct Options {
@@ -113,7 +101,6 @@ struct Arguments {
   }
 
   void check() const;
-  void cast_for_autocast();
 };
 
 /// The inputs of the scan behind the convolution. The backward makes them again.
@@ -164,26 +151,15 @@ struct Values {
 };
 
 /// Keeps the arguments and y.
-///
-/// A list of tensors must not hold undefined ones, so the node gets those that are given, and a bit
-/// for each of the 12 that says whether it is.
 struct Mamba2Inner : torch::autograd::Function<Mamba2Inner> {
   static constexpr bool is_traceable = true;
   static constexpr size_t kOthers = 8;  // arguments of forward behind the list
 
   static variable_list record(const Arguments& a) {
-    variable_list defined;
-    int64_t given = 0, bit = 1;
-    for (const Tensor& tensor : a.tensors()) {
-      if (tensor.defined()) {
-        defined.push_back(tensor);
-        given |= bit;
-      }
-      bit <<= 1;
-    }
+    const GivenTensors given(a.tensors());
     const Options& o = a.options;
-    return apply(at::TensorList(defined), given, o.headdim, o.ngroups, o.silu, o.norm_eps,
-                 o.norm_before_gate, o.dt_min, o.dt_max);
+    return apply(at::TensorList(given.defined), given.bits, o.headdim, o.ngroups, o.silu,
+                 o.norm_eps, o.norm_before_gate, o.dt_min, o.dt_max);
   }
 
   static variable_list forward(AutogradContext* ctx, at::TensorList defined, int64_t given,
@@ -191,13 +167,9 @@ struct Mamba2Inner : torch::autograd::Function<Mamba2Inner> {
                                bool norm_before_gate, double dt_min, std::optional<double> dt_max) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto guard = without_autocast();
-    variable_list tensors(Arguments::kTensors);
-    size_t next = 0;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (given >> i & 1) tensors[i] = defined[next++];
-    }
-    const auto a = Arguments::from(
-        tensors, {headdim, ngroups, silu, norm_eps, norm_before_gate, dt_min, dt_max});
+    const auto a =
+        Arguments::from(GivenTensors::restore(defined, given, Arguments::kTensors),
+                        {headdim, ngroups, silu, norm_eps, norm_before_gate, dt_min, dt_max});
     const Values values(a);
     variable_list saved = a.tensors();
     // Nothing reads y but the norm and the projection.
@@ -293,13 +265,7 @@ struct Mamba2Inner : torch::autograd::Function<Mamba2Inner> {
                             to_saved(dinitial_states),
                             Tensor(),
                             Tensor()};
-    const int64_t given = data["given"].toInt();
-    variable_list results;
-    for (size_t i = 0; i < all.size(); ++i) {
-      if (given >> i & 1) results.push_back(all[i]);
-    }
-    results.resize(results.size() + kOthers);
-    return results;
+    return GivenTensors::select(all, data["given"].toInt(), kOthers);
   }
 };
 
@@ -406,17 +372,6 @@ void Arguments::check() const {
   }
 }
 
-/// Under autocast the projection runs in its dtype; the casts are differentiable.
-void Arguments::cast_for_autocast() {
-  const auto device = zxbcdt.device().type();
-  if (!at::autocast::is_autocast_available(device)) return;  // meta
-  if (!at::autocast::is_autocast_enabled(device)) return;
-  const auto type = at::autocast::get_autocast_dtype(device);
-  for (Tensor* tensor : {&out_proj_weight, &out_proj_bias}) {
-    if (tensor->defined()) *tensor = as_type(*tensor, type);
-  }
-}
-
 /// The op, for every dispatch key: recorded where a gradient is wanted.
 std::tuple<Tensor, Tensor> mamba2_inner_kernel(
     const Tensor& zxbcdt, const Tensor& conv1d_weight, const OptionalTensor& conv1d_bias,
@@ -439,7 +394,8 @@ std::tuple<Tensor, Tensor> mamba2_inner_kernel(
               to_saved(seq_idx),
               to_saved(cu_seqlens),
               {headdim, ngroups, silu, norm_eps, norm_before_gate, dt_min, dt_max}};
-  a.cast_for_autocast();
+  // The projection runs in the autocast dtype.
+  cast_for_autocast(zxbcdt.device(), {&a.out_proj_weight, &a.out_proj_bias});
   a.check();
   if (needs_gradient(a.tensors())) {
     const variable_list results = Mamba2Inner::record(a);

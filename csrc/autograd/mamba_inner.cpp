@@ -10,15 +10,14 @@
 // Everything stays channel-first, so that time is contiguous from the convolution to the scan and
 // the projections are matrix products with the weight on the left: no tensor is ever rearranged.
 // Source: Mamba (arXiv 2312.00752), section 3.4, figure 3.
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/rsqrt.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <mamba_ssm/ops.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "composite.h"
 #include "derivatives.h"
 #include "meta.h"
 
@@ -90,14 +89,7 @@ struct Arguments {
   Tensor z() const { return xz.narrow_symint(1, dim(), dim()); }
 
   void check() const;
-  void cast_for_autocast();
 };
-
-/// `tensor` in type `type`. (at::to returns its argument where it has that type already, which
-/// below autograd no op may do.)
-Tensor as_type(const Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
 
 /// x / rms(x) * weight over dimension 1 of (batch, rows, seqlen), in float32 at least.
 struct RmsNorm {
@@ -199,11 +191,6 @@ Tensor weight_gradient(const Tensor& left, const Tensor& right) {
   return at::matmul(left, right.transpose(1, 2)).sum(0);
 }
 
-/// Inside the composite every dtype is chosen already: autocast must not touch its products.
-c10::impl::ExcludeDispatchKeyGuard without_autocast() {
-  return c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
-}
-
 /// The forward without gradients.
 Tensor forward_only(const Arguments& a) {
   const auto guard = without_autocast();
@@ -217,23 +204,13 @@ Tensor forward_only(const Arguments& a) {
 
 /// Keeps the arguments, x_dbl, the gated y and the scan's chunk states; makes the convolved x and
 /// delta again, unless checkpoint_lvl is 0.
-///
-/// A list of tensors must not hold undefined ones, so the node gets those that are given, and a bit
-/// for each of the 17 that says whether it is.
 struct MambaInner : torch::autograd::Function<MambaInner> {
   static constexpr bool is_traceable = true;
+  static constexpr size_t kOthers = 4;  // arguments of forward behind the list
 
   static Tensor record(const Arguments& a) {
-    variable_list defined;
-    int64_t given = 0, bit = 1;
-    for (const Tensor& tensor : a.tensors()) {
-      if (tensor.defined()) {
-        defined.push_back(tensor);
-        given |= bit;
-      }
-      bit <<= 1;
-    }
-    return apply(at::TensorList(defined), given, a.delta_softplus, a.checkpoint_lvl,
+    const GivenTensors given(a.tensors());
+    return apply(at::TensorList(given.defined), given.bits, a.delta_softplus, a.checkpoint_lvl,
                  a.b_c_dt_rms_eps);
   }
 
@@ -241,12 +218,8 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
                         bool delta_softplus, int64_t checkpoint_lvl, double b_c_dt_rms_eps) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto guard = without_autocast();
-    variable_list tensors(Arguments::kTensors);
-    size_t next = 0;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (given >> i & 1) tensors[i] = defined[next++];
-    }
-    const auto a = Arguments::from(tensors, delta_softplus, checkpoint_lvl, b_c_dt_rms_eps);
+    const auto a = Arguments::from(GivenTensors::restore(defined, given, Arguments::kTensors),
+                                   delta_softplus, checkpoint_lvl, b_c_dt_rms_eps);
     const Tensor conv = convolve(a);
     const Tensor x_dbl = at::matmul(a.x_proj_weight, conv);
     const Projections projections(a, x_dbl, Tensor());
@@ -339,13 +312,7 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
                             db_rms_weight,
                             dc_rms_weight,
                             ddt_rms_weight};
-    const int64_t given = ctx->saved_data["given"].toInt();
-    variable_list results;
-    for (size_t i = 0; i < all.size(); ++i) {
-      if (given >> i & 1) results.push_back(all[i]);
-    }
-    results.resize(results.size() + 4);  // given, delta_softplus, checkpoint_lvl, b_c_dt_rms_eps
-    return results;
+    return GivenTensors::select(all, ctx->saved_data["given"].toInt(), kOthers);
   }
 };
 
@@ -389,18 +356,6 @@ void Arguments::check() const {
   }
 }
 
-/// Under autocast the products run in its dtype; the casts are differentiable.
-void Arguments::cast_for_autocast() {
-  const auto device = xz.device().type();
-  if (!at::autocast::is_autocast_available(device)) return;  // meta
-  if (!at::autocast::is_autocast_enabled(device)) return;
-  const auto type = at::autocast::get_autocast_dtype(device);
-  for (Tensor* tensor :
-       {&xz, &x_proj_weight, &delta_proj_weight, &out_proj_weight, &out_proj_bias}) {
-    if (tensor->defined()) *tensor = as_type(*tensor, type);
-  }
-}
-
 /// The op, for every dispatch key: recorded where a gradient is wanted.
 Tensor mamba_inner_kernel(const Tensor& xz, const Tensor& conv1d_weight,
                           const OptionalTensor& conv1d_bias, const Tensor& x_proj_weight,
@@ -432,7 +387,9 @@ Tensor mamba_inner_kernel(const Tensor& xz, const Tensor& conv1d_weight,
               checkpoint_lvl,
               b_c_dt_rms_eps};
   a.check();
-  a.cast_for_autocast();
+  // The products run in the autocast dtype.
+  cast_for_autocast(a.xz.device(), {&a.xz, &a.x_proj_weight, &a.delta_proj_weight,
+                                    &a.out_proj_weight, &a.out_proj_bias});
   return needs_gradient(a.tensors()) ? MambaInner::record(a) : forward_only(a);
 }
 
