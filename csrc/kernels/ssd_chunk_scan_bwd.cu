@@ -20,6 +20,7 @@
 //   step_gradients   from these sums to ddt; dA and ddt_bias per chunk
 //   sum_parameters   dA, ddt_bias and dD over all chunks; sum_matrices: dB and dC over subsets
 // With z, y is computed once more and gate_gradients makes dy and dz beforehand.
+#pragma nv_diag_suppress 177  // float32 and float64 have no use for the tensor-core path
 #include "launch.cuh"
 #include "ssd_chunk_scan_bwd_mma.cuh"
 #include "ssd_chunk_scan_bwd_plain.cuh"
