@@ -550,7 +550,7 @@ struct Scan {
     constexpr double kLeastExponent = -1000;
     const double A = load_as<double>(p.A.data, p.A.dtype, head * p.A.stride[0]);
     const S dt_min = static_cast<S>(p.dt_min), dt_max = static_cast<S>(p.dt_max);
-    double c = 0;
+    double c = 0, lost = 0;  // lost: what the additions rounded away (Dekker's sum)
     for (int i = 0; i < padded; ++i) {
       S& d = steps.d[i];
       if (!p.dt_softplus || raw[i] > S(20)) steps.slope[i] = S(1);
@@ -560,9 +560,12 @@ struct Scan {
       }
       if (i >= chunk.count) d = S(0);
       const double exponent = i < chunk.count ? d * A : 0.0;
-      c += exponent < kLeastExponent ? kLeastExponent : exponent;
+      const double step = exponent < kLeastExponent ? kLeastExponent : exponent;
+      const double sum = c + step;
+      lost += __builtin_fabs(c) > __builtin_fabs(step) ? (c - sum) + step : (step - sum) + c;
+      c = sum;
       steps.c[i] = static_cast<S>(c);
-      steps.c_rest[i] = static_cast<S>(c - steps.c[i]);
+      steps.c_rest[i] = static_cast<S>((c - steps.c[i]) + lost);
     }
     const S end = padded > 0 ? steps.c[padded - 1] : S(0);
     const S end_rest = padded > 0 ? steps.c_rest[padded - 1] : S(0);
