@@ -1,4 +1,3 @@
-#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 #include <mamba_ssm/nn/mamba.h>
 #include <mamba_ssm/ops.h>
@@ -7,19 +6,12 @@
 #include <limits>
 #include <utility>
 
+#include "parts.h"
+
 namespace mamba_ssm {
 namespace {
 
 using at::Tensor;
-
-std::optional<Tensor> if_defined(const Tensor& t) {
-  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
-}
-
-/// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.
-Tensor to_accumulate_type(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
-}
 
 /// weight @ token for every token of (batch, seqlen, features), as (batch, rows of weight, seqlen)
 /// with the tokens of a channel side by side, which is what convolution and scan walk along.
@@ -29,13 +21,6 @@ Tensor project_channel_first(const Tensor& weight, const Tensor& tokens) {
       .mm(tokens.flatten(0, 1).t())  // (rows, batch * seqlen)
       .view({weight.size(0), batch, seqlen})
       .transpose(0, 1);
-}
-
-/// The contents of a cache as an input of an op. Autograd may keep that input while the cache is
-/// overwritten, so it gets a copy of its own then.
-Tensor read_cache(const Tensor& cache, at::ScalarType dtype) {
-  const Tensor values = cache.detach().to(dtype);
-  return c10::GradMode::is_enabled() && values.is_alias_of(cache) ? values.clone() : values;
 }
 
 }  // namespace
@@ -162,7 +147,7 @@ Tensor MambaImpl::prefill(const Tensor& xz, MambaState& state) {
       /*initial_states=*/past.narrow(2, 1, width - 1), /*silu=*/true));
 
   const auto projected =
-      x_proj->forward(x.transpose(1, 2))
+      project(x_proj, x.transpose(1, 2))
           .split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
   const Tensor delta = project_channel_first(dt_proj->weight, projected[0]);
   const at::ScalarType state_dtype = xz.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -170,7 +155,7 @@ Tensor MambaImpl::prefill(const Tensor& xz, MambaState& state) {
       x, delta, A(), /*B=*/projected[1].transpose(1, 2), /*C=*/projected[2].transpose(1, 2), D, z,
       dt_proj->bias, /*initial_state=*/read_cache(state.ssm_state, state_dtype),
       /*seq_idx=*/std::nullopt, /*delta_softplus=*/true);
-  const Tensor out = out_proj->forward(y.transpose(1, 2));
+  const Tensor out = project(out_proj, y.transpose(1, 2));
 
   const torch::NoGradGuard no_grad;
   state.conv_state.copy_(seqlen >= width
@@ -187,7 +172,7 @@ Tensor MambaImpl::step(const Tensor& hidden_states, const Tensor& conv_state,
               hidden_states.size(1));
   check_state(conv_state, ssm_state, hidden_states.size(0));
 
-  const Tensor xz = in_proj->forward(hidden_states.squeeze(1));  // (batch, 2 * d_inner)
+  const Tensor xz = project(in_proj, hidden_states.squeeze(1));  // (batch, 2 * d_inner)
   const Tensor inputs = xz.narrow(1, 0, d_inner());
   const Tensor z = xz.narrow(1, d_inner(), d_inner());
 
@@ -200,13 +185,13 @@ Tensor MambaImpl::step(const Tensor& hidden_states, const Tensor& conv_state,
   if (!past.is_alias_of(conv_state)) conv_state.detach().copy_(past);
 
   const auto projected =
-      x_proj->forward(x).split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
+      project(x_proj, x).split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
   const Tensor delta = at::linear(projected[0], dt_proj->weight);
   const Tensor y =
       selective_state_update(ssm_state.detach(), x, delta, A(), projected[1], projected[2], D, z,
                              dt_proj->bias, /*state_batch_indices=*/std::nullopt,
                              /*dt_softplus=*/true);
-  return out_proj->forward(y).unsqueeze(1);
+  return project(out_proj, y).unsqueeze(1);
 }
 
 MambaState MambaImpl::allocate_inference_cache(int64_t batch_size, int64_t /*max_seqlen*/,

@@ -10,6 +10,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 namespace mamba_ssm {
@@ -77,6 +78,22 @@ class Members {
     }
   }
 
+  void read(const char* key, std::optional<int64_t>& value) { read_unless_null(key, value); }
+
+  void read(const char* key, std::optional<double>& value) { read_unless_null(key, value); }
+
+  /// [low, high]; JSON knows no infinity, so null stands for none.
+  void read(const char* key, Mamba2Options::Range& value) {
+    if (const auto json = take(key)) {
+      require(json->is_array() && json->size() == 2 && json->front().is_number() &&
+                  (json->back().is_number() || json->back().is_null()),
+              where_, ": ", key, " must be [low, high], or [low, null] without an upper end");
+      value.first = json->front().get<double>();
+      value.second = json->back().is_null() ? std::numeric_limits<double>::infinity()
+                                            : json->back().get<double>();
+    }
+  }
+
   void expect(const char* key) const {
     require(rest_.contains(key), where_, ": ", key, " is missing");
   }
@@ -96,18 +113,23 @@ class Members {
   }
 
  private:
+  template <class Number>
+  void read_unless_null(const char* key, std::optional<Number>& value) {
+    const auto member = rest_.find(key);
+    if (member == rest_.end()) return;
+    if (member->is_null()) {
+      take(key);
+    } else {
+      read(key, value.emplace());
+    }
+  }
+
   Json rest_;
   std::string where_;
 };
 
-MambaOptions read_ssm_cfg(const Json& json, const std::string& where) {
+MambaOptions read_mamba_options(Members& members, const std::string& where) {
   MambaOptions options(0);
-  Members members(json, where);
-  std::string layer = "Mamba1";
-  members.read("layer", layer);
-  require(layer == "Mamba1", where,
-          ": layer must be \"Mamba1\", the only kind this model has, got ",
-          Members::describe(layer));
   members.read("d_state", options.d_state());
   members.read("d_conv", options.d_conv());
   members.read("expand", options.expand());
@@ -124,8 +146,90 @@ MambaOptions read_ssm_cfg(const Json& json, const std::string& where) {
   members.read("bias", options.bias());
   bool use_fast_path;  // a choice between two ways to the same result
   members.read("use_fast_path", use_fast_path);
+  return options;
+}
+
+Mamba2Options read_mamba2_options(Members& members) {
+  Mamba2Options options(0);
+  members.read("d_state", options.d_state());
+  members.read("d_conv", options.d_conv());
+  members.read("conv_init", options.conv_init());
+  members.read("expand", options.expand());
+  members.read("headdim", options.headdim());
+  members.read("d_ssm", options.d_ssm());
+  members.read("ngroups", options.ngroups());
+  members.read("A_init_range", options.A_init_range());
+  members.read("D_has_hdim", options.D_has_hdim());
+  members.read("rmsnorm", options.rmsnorm());
+  members.read("norm_before_gate", options.norm_before_gate());
+  members.read("dt_min", options.dt_min());
+  members.read("dt_max", options.dt_max());
+  members.read("dt_init_floor", options.dt_init_floor());
+  members.read("dt_limit", options.dt_limit());
+  members.read("bias", options.bias());
+  members.read("conv_bias", options.conv_bias());
+  int64_t chunk_size;  // these two do not change the result
+  members.read("chunk_size", chunk_size);
+  bool use_mem_eff_path;
+  members.read("use_mem_eff_path", use_mem_eff_path);
+  return options;
+}
+
+MixerOptions read_ssm_cfg(const Json& json, const std::string& where) {
+  Members members(json, where);
+  std::string layer = "Mamba1";
+  members.read("layer", layer);
+  require(layer == "Mamba1" || layer == "Mamba2", where,
+          ": layer must be \"Mamba1\" or \"Mamba2\", got ", Members::describe(layer));
+  MixerOptions options = MambaOptions(0);
+  if (layer == "Mamba1") {
+    options = read_mamba_options(members, where);
+  } else {
+    options = read_mamba2_options(members);
+  }
   members.finish();
   return options;
+}
+
+Json ssm_cfg_of(const MambaOptions& options) {
+  Json json{{"layer", "Mamba1"},
+            {"d_state", options.d_state()},
+            {"d_conv", options.d_conv()},
+            {"expand", options.expand()},
+            {"dt_rank", "auto"},
+            {"dt_min", options.dt_min()},
+            {"dt_max", options.dt_max()},
+            {"dt_init", options.dt_init()},
+            {"dt_scale", options.dt_scale()},
+            {"dt_init_floor", options.dt_init_floor()},
+            {"conv_bias", options.conv_bias()},
+            {"bias", options.bias()}};
+  if (options.dt_rank()) json["dt_rank"] = *options.dt_rank();
+  return json;
+}
+
+Json ssm_cfg_of(const Mamba2Options& options) {
+  const auto range = [](const Mamba2Options::Range& r) {
+    return Json::array({r.first, std::isinf(r.second) ? Json() : Json(r.second)});
+  };
+  return {{"layer", "Mamba2"},
+          {"d_state", options.d_state()},
+          {"d_conv", options.d_conv()},
+          {"conv_init", options.conv_init() ? Json(*options.conv_init()) : Json()},
+          {"expand", options.expand()},
+          {"headdim", options.headdim()},
+          {"d_ssm", options.d_ssm() ? Json(*options.d_ssm()) : Json()},
+          {"ngroups", options.ngroups()},
+          {"A_init_range", range(options.A_init_range())},
+          {"D_has_hdim", options.D_has_hdim()},
+          {"rmsnorm", options.rmsnorm()},
+          {"norm_before_gate", options.norm_before_gate()},
+          {"dt_min", options.dt_min()},
+          {"dt_max", options.dt_max()},
+          {"dt_init_floor", options.dt_init_floor()},
+          {"dt_limit", range(options.dt_limit())},
+          {"bias", options.bias()},
+          {"conv_bias", options.conv_bias()}};
 }
 
 std::string read_text(const std::filesystem::path& path) {
@@ -139,18 +243,33 @@ std::string read_text(const std::filesystem::path& path) {
   return text;
 }
 
-/// Parameters of the model that a config describes; a double, so that nothing overflows.
-double count_parameters(const MambaLMConfig& config) {
-  const MambaOptions& options = config.ssm_cfg();
-  const double d_model = static_cast<double>(config.d_model());
+/// Parameters of a mixer, at least; doubles, so that nothing overflows.
+double count_parameters(const MambaOptions& options, double d_model) {
   const double d_inner = std::floor(options.expand() * d_model);
   const double d_state = static_cast<double>(options.d_state());
   const double dt_rank =
       options.dt_rank() ? static_cast<double>(*options.dt_rank()) : std::ceil(d_model / 16);
-  const double block = d_inner * (3 * d_model + static_cast<double>(options.d_conv()) +
-                                  2 * dt_rank + 3 * d_state + 2);
+  return d_inner *
+         (3 * d_model + static_cast<double>(options.d_conv()) + 2 * dt_rank + 3 * d_state + 2);
+}
+
+double count_parameters(const Mamba2Options& options, double d_model) {
+  const double d_inner = std::floor(options.expand() * d_model);
+  const double d_ssm = options.d_ssm() ? static_cast<double>(*options.d_ssm()) : d_inner;
+  const double nheads = std::floor(d_ssm / static_cast<double>(options.headdim()));
+  const double channels =
+      d_ssm + 2 * static_cast<double>(options.ngroups()) * static_cast<double>(options.d_state());
+  return d_model * (3 * d_inner - d_ssm + channels + nheads) +
+         channels * static_cast<double>(options.d_conv()) + 3 * nheads;
+}
+
+/// Of the model that a config describes.
+double count_parameters(const MambaLMConfig& config) {
+  const double d_model = static_cast<double>(config.d_model());
+  const double mixer = std::visit(
+      [&](const auto& options) { return count_parameters(options, d_model); }, config.ssm_cfg());
   const double embedding = static_cast<double>(config.padded_vocab_size()) * d_model;
-  return static_cast<double>(config.n_layer()) * (block + d_model) + embedding;
+  return static_cast<double>(config.n_layer()) * (mixer + d_model) + embedding;
 }
 
 template <class Module>
@@ -199,20 +318,7 @@ MambaLMConfig MambaLMConfig::from_file(const std::filesystem::path& path) {
 }
 
 std::string MambaLMConfig::to_json() const {
-  const MambaOptions& options = ssm_cfg();
-  Json ssm{{"layer", "Mamba1"},
-           {"d_state", options.d_state()},
-           {"d_conv", options.d_conv()},
-           {"expand", options.expand()},
-           {"dt_rank", "auto"},
-           {"dt_min", options.dt_min()},
-           {"dt_max", options.dt_max()},
-           {"dt_init", options.dt_init()},
-           {"dt_scale", options.dt_scale()},
-           {"dt_init_floor", options.dt_init_floor()},
-           {"conv_bias", options.conv_bias()},
-           {"bias", options.bias()}};
-  if (options.dt_rank()) ssm["dt_rank"] = *options.dt_rank();
+  Json ssm = std::visit([](const auto& options) { return ssm_cfg_of(options); }, ssm_cfg());
   const Json json{{"d_model", d_model()},
                   {"d_intermediate", 0},
                   {"n_layer", n_layer()},
@@ -259,13 +365,18 @@ BlockImpl::BlockImpl(MambaLMConfig config_) : config(std::move(config_)) { reset
 
 void BlockImpl::reset() {
   norm = register_module("norm", make_norm(config));
-  MambaOptions options = config.ssm_cfg();
-  options.d_model(config.d_model()).dtype(config.dtype()).device(config.device());
-  mixer = register_module("mixer", Mamba(options));
+  const auto make_mixer = [&](auto options) {
+    options.d_model(config.d_model()).dtype(config.dtype()).device(config.device());
+    using Mixer =
+        std::conditional_t<std::is_same_v<decltype(options), MambaOptions>, Mamba, Mamba2>;
+    mixer = register_module("mixer", Mixer(options));
+  };
+  std::visit(make_mixer, config.ssm_cfg());
 }
 
 Tensor BlockImpl::forward(const Tensor& hidden_states, Tensor& residual, MambaState* state) {
-  return mixer->forward(norm->forward(hidden_states, residual, config.residual_in_fp32()), state);
+  const Tensor normed = norm->forward(hidden_states, residual, config.residual_in_fp32());
+  return std::visit([&](auto& module) { return module->forward(normed, state); }, mixer);
 }
 
 MixerModelImpl::MixerModelImpl(MambaLMConfig config_) : config(std::move(config_)) {
@@ -288,13 +399,15 @@ void MixerModelImpl::reset() {
   for (int64_t i = 0; i < config.n_layer(); ++i) {
     Block block(config);
     // The variance of the residual stream shall not grow with the depth.
-    Mamba& mixer = block->mixer;
-    torch::nn::init::kaiming_uniform_(mixer->out_proj->weight, std::sqrt(5.0));
-    mixer->out_proj->weight /= std::sqrt(static_cast<double>(config.n_layer()));
-    if (config.ssm_cfg().bias()) {
-      mixer->in_proj->bias.zero_();
-      mixer->out_proj->bias.zero_();
-    }
+    const auto initialize = [&](auto& mixer) {
+      torch::nn::init::kaiming_uniform_(mixer->out_proj->weight, std::sqrt(5.0));
+      mixer->out_proj->weight /= std::sqrt(static_cast<double>(config.n_layer()));
+      if (mixer->options.bias()) {
+        mixer->in_proj->bias.zero_();
+        mixer->out_proj->bias.zero_();
+      }
+    };
+    std::visit(initialize, block->mixer);
     layers->push_back(block);
   }
   norm_f = register_module("norm_f", make_norm(config));
@@ -345,7 +458,10 @@ std::vector<MambaState> MambaLMHeadModelImpl::allocate_inference_cache(
   std::vector<MambaState> states;
   for (size_t i = 0; i < backbone->layers->size(); ++i) {
     const auto& block = backbone->layers->at<BlockImpl>(i);
-    states.push_back(block.mixer->allocate_inference_cache(batch_size, max_seqlen, dtype));
+    const auto allocate = [&](const auto& mixer) {
+      return mixer->allocate_inference_cache(batch_size, max_seqlen, dtype);
+    };
+    states.push_back(std::visit(allocate, block.mixer));
   }
   return states;
 }

@@ -11,7 +11,10 @@ namespace py = pybind11;
 
 namespace {
 
+using namespace pybind11::literals;
 using at::Tensor;
+using mamba_ssm::Mamba2Impl;
+using mamba_ssm::Mamba2Options;
 using mamba_ssm::MambaImpl;
 using mamba_ssm::MambaLMHeadModelImpl;
 using mamba_ssm::MambaState;
@@ -61,10 +64,37 @@ std::shared_ptr<MambaImpl> make_mamba(int64_t d_model, int64_t d_state, int64_t 
   return std::make_shared<MambaImpl>(std::move(options));
 }
 
+std::shared_ptr<Mamba2Impl> make_mamba2(int64_t d_model, int64_t d_state, int64_t d_conv,
+                                        std::optional<double> conv_init, double expand,
+                                        int64_t headdim, std::optional<int64_t> d_ssm,
+                                        int64_t ngroups, Mamba2Options::Range A_init_range,
+                                        bool D_has_hdim, bool rmsnorm, bool norm_before_gate,
+                                        double dt_min, double dt_max, double dt_init_floor,
+                                        Mamba2Options::Range dt_limit, bool bias, bool conv_bias,
+                                        Device device, Dtype dtype) {
+  auto options = Mamba2Options(d_model).d_state(d_state).d_conv(d_conv).conv_init(conv_init);
+  options.expand(expand).headdim(headdim).d_ssm(d_ssm).ngroups(ngroups).A_init_range(A_init_range);
+  options.D_has_hdim(D_has_hdim).rmsnorm(rmsnorm).norm_before_gate(norm_before_gate);
+  options.dt_min(dt_min).dt_max(dt_max).dt_init_floor(dt_init_floor).dt_limit(dt_limit);
+  options.bias(bias).conv_bias(conv_bias).device(device).dtype(dtype);
+  return std::make_shared<Mamba2Impl>(std::move(options));
+}
+
+/// What a block has besides its constructor and forward.
+template <typename Module>
+auto define_block(py::module_& m, const char* name) {
+  return py::class_<Module, std::shared_ptr<Module>>(m, name)
+      .def("load", &load<Module>, "source"_a, "From a safetensors file or a dict of tensors.",
+           NoGil())
+      .def("named_parameters", &named_parameters<Module>)
+      .def("step", &Module::step, "hidden_states"_a, "conv_state"_a, "ssm_state"_a, NoGil())
+      .def("allocate_inference_cache", &Module::allocate_inference_cache, "batch_size"_a,
+           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  using namespace pybind11::literals;
   m.doc() = "LibTorch modules of mamba_ssm.";
 
   m.def(
@@ -78,19 +108,25 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("conv_state", &MambaState::conv_state)
       .def_readwrite("ssm_state", &MambaState::ssm_state);
 
-  py::class_<MambaImpl, std::shared_ptr<MambaImpl>>(m, "Mamba")
-      .def(py::init(&make_mamba), "d_model"_a, "d_state"_a = 16, "d_conv"_a = 4, "expand"_a = 2.0,
-           "dt_rank"_a = "auto", "dt_min"_a = 0.001, "dt_max"_a = 0.1, "dt_init"_a = "random",
-           "dt_scale"_a = 1.0, "dt_init_floor"_a = 1e-4, "conv_bias"_a = true, "bias"_a = false,
-           "device"_a = py::none(), "dtype"_a = py::none())
-      .def("load", &load<MambaImpl>, "source"_a, "From a safetensors file or a dict of tensors.",
-           NoGil())
-      .def("named_parameters", &named_parameters<MambaImpl>)
-      .def("forward", &MambaImpl::forward, "hidden_states"_a, "state"_a = py::none(), NoGil())
-      .def("__call__", &MambaImpl::forward, "hidden_states"_a, "state"_a = py::none(), NoGil())
-      .def("step", &MambaImpl::step, "hidden_states"_a, "conv_state"_a, "ssm_state"_a, NoGil())
-      .def("allocate_inference_cache", &MambaImpl::allocate_inference_cache, "batch_size"_a,
-           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil());
+  auto mamba = define_block<MambaImpl>(m, "Mamba");
+  mamba.def(py::init(&make_mamba), "d_model"_a, "d_state"_a = 16, "d_conv"_a = 4, "expand"_a = 2.0,
+            "dt_rank"_a = "auto", "dt_min"_a = 0.001, "dt_max"_a = 0.1, "dt_init"_a = "random",
+            "dt_scale"_a = 1.0, "dt_init_floor"_a = 1e-4, "conv_bias"_a = true, "bias"_a = false,
+            "device"_a = py::none(), "dtype"_a = py::none());
+  mamba.def("forward", &MambaImpl::forward, "hidden_states"_a, "state"_a = py::none(), NoGil());
+  mamba.attr("__call__") = mamba.attr("forward");
+
+  auto mamba2 = define_block<Mamba2Impl>(m, "Mamba2");
+  mamba2.def(py::init(&make_mamba2), "d_model"_a, "d_state"_a = 128, "d_conv"_a = 4,
+             "conv_init"_a = py::none(), "expand"_a = 2.0, "headdim"_a = 64, "d_ssm"_a = py::none(),
+             "ngroups"_a = 1, "A_init_range"_a = Mamba2Options(0).A_init_range(),
+             "D_has_hdim"_a = false, "rmsnorm"_a = true, "norm_before_gate"_a = false,
+             "dt_min"_a = 0.001, "dt_max"_a = 0.1, "dt_init_floor"_a = 1e-4,
+             "dt_limit"_a = Mamba2Options(0).dt_limit(), "bias"_a = false, "conv_bias"_a = true,
+             "device"_a = py::none(), "dtype"_a = py::none());
+  mamba2.def("forward", &Mamba2Impl::forward, "u"_a, "state"_a = py::none(),
+             "seq_idx"_a = py::none(), "cu_seqlens"_a = py::none(), NoGil());
+  mamba2.attr("__call__") = mamba2.attr("forward");
 
   using Model = MambaLMHeadModelImpl;
   // The states are handles of the caller's tensors, which the model updates in place.
@@ -98,17 +134,17 @@ PYBIND11_MODULE(_C, m) {
                           std::optional<std::vector<MambaState>> states, int64_t num_last_tokens) {
     return model.forward(input_ids, states ? &*states : nullptr, num_last_tokens);
   };
-  py::class_<Model, std::shared_ptr<Model>>(m, "MambaLMHeadModel")
+  auto model = py::class_<Model, std::shared_ptr<Model>>(m, "MambaLMHeadModel");
+  model
       .def_static("from_pretrained", &Model::from_pretrained, "folder"_a, "dtype"_a = py::none(),
                   "device"_a = py::none(), NoGil())
       .def("save_pretrained", &Model::save_pretrained, "folder"_a, NoGil())
       .def("load", &load<Model>, "source"_a, "From a safetensors file or a dict of tensors.",
            NoGil())
       .def("named_parameters", &named_parameters<Model>)
-      .def("forward", forward, "input_ids"_a, "states"_a = py::none(), "num_last_tokens"_a = 0,
-           NoGil())
-      .def("__call__", forward, "input_ids"_a, "states"_a = py::none(), "num_last_tokens"_a = 0,
-           NoGil())
       .def("allocate_inference_cache", &Model::allocate_inference_cache, "batch_size"_a,
-           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil());
+           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil())
+      .def("forward", forward, "input_ids"_a, "states"_a = py::none(), "num_last_tokens"_a = 0,
+           NoGil());
+  model.attr("__call__") = model.attr("forward");
 }

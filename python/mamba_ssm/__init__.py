@@ -8,6 +8,7 @@ __version__ = "2.4.0"
 
 from mamba_ssm import _library  # noqa: F401  first: it registers the ops that all else calls
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
 
@@ -19,4 +20,4 @@ from mamba_ssm.ops.triton import selective_state_update as _selective_state_upda
 from mamba_ssm.ops.triton import ssd_combined as _ssd_combined  # noqa: F401
 from mamba_ssm.utils import generation as _generation  # noqa: F401
 
-__all__ = ["Mamba", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"]
+__all__ = ["Mamba", "Mamba2", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"]

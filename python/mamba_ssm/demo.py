@@ -13,11 +13,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mamba_ssm import Mamba, MambaLMHeadModel, _library
+from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel, _library
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.utils.generation import InferenceParams
 
-CONFIG = dict(d_model=128, n_layer=3, vocab_size=256, ssm_cfg={"layer": "Mamba1", "d_state": 16})
+CONFIG = dict(d_model=128, n_layer=3, vocab_size=256)
+SSM_CFG = {
+    "Mamba": {"layer": "Mamba1", "d_state": 16},
+    "Mamba2": {"layer": "Mamba2", "d_state": 64, "headdim": 32},
+}
 BATCH, SEQLEN = 8, 256
 MAX_LR, WARMUP = 4e-3, 0.05  # WARMUP: fraction of the training time
 EVALUATED_WINDOWS, EVALUATED_SEQLEN = 64, 1024
@@ -27,6 +31,9 @@ SAMPLE_BYTES, TEMPERATURE = 256, 0.8
 
 
 def add_arguments(parser):
+    parser.add_argument(
+        "--layer", choices=SSM_CFG, default="Mamba2", help="kind of the blocks (default: Mamba2)"
+    )
     parser.add_argument(
         "--text",
         nargs="+",
@@ -51,15 +58,19 @@ def run(args):
     torch.manual_seed(args.seed)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    block = Mamba(d_model=16, d_state=64, d_conv=4, expand=2).to(device)
-    print(sum(p.numel() for p in block.parameters()))
-    print(block(torch.randn(2, 32, 16, device=device)).shape, flush=True)
+    for kind, seqlen, d_model in ((Mamba, 32, 16), (Mamba2, 64, 1024)):
+        block = kind(d_model=d_model, d_state=64, d_conv=4, expand=2).to(device)
+        shape = tuple(block(torch.randn(2, seqlen, d_model, device=device)).shape)
+        parameters = sum(p.numel() for p in block.parameters())
+        arguments = f"d_model={d_model}, d_state=64, d_conv=4, expand=2"
+        print(f"{kind.__name__}({arguments}): {parameters} parameters, {shape}", flush=True)
 
     train, held_out = split_text(read_text(args.text))
     print(f"text: {len(train):,} bytes to learn, {len(held_out):,} held out")
-    model = MambaLMHeadModel(MambaConfig(**CONFIG), device=device)
+    config = MambaConfig(**CONFIG, ssm_cfg=SSM_CFG[args.layer])
+    model = MambaLMHeadModel(config, device=device)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {parameters:,} parameters, {CONFIG['n_layer']} layers, on {device}")
+    print(f"model: {parameters:,} parameters, {config.n_layer} {args.layer} blocks, on {device}")
     before = bits_per_byte(model, held_out)
     order2 = order2_bits_per_byte(train, held_out)
     print(f"held out: {before:.3f} bits per byte before training", flush=True)

@@ -686,6 +686,97 @@ class Inner(Case):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner2(Case):
+    op: ClassVar[str] = "mamba2_inner"
+    results: ClassVar[tuple[str, ...]] = ("out", "final_states")
+    differentiable: ClassVar[tuple[str, ...]] = (
+        "zxbcdt",
+        "conv1d_weight",
+        "conv1d_bias",
+        "A",
+        "D",
+        "dt_bias",
+        "norm_weight",
+        "out_proj_weight",
+        "out_proj_bias",
+        "initial_states",
+    )
+
+    batch: int = 2
+    seqlen: int = 17
+    nheads: int = 4
+    headdim: int = 3
+    ngroups: int = 2
+    dstate: int = 4
+    d_nonssm: int = 0
+    width: int = 4
+    d_model: int | None = 5  # None: no projection
+    conv_bias: bool = True
+    out_bias: bool = True
+    D: str | None = "head"  # "head": (nheads); "channel": (nheads, headdim)
+    dt_bias: bool = True
+    norm: bool = True
+    norm_before_gate: bool = False
+    silu: bool = True
+    limits: bool = False  # dt_min and dt_max where they cut off some steps
+    initial_states: bool | str = True  # "first": with cu_seqlens, of the first sequence alone
+    packing: str | None = None
+    num_sequences: int | None = None  # of cu_seqlens, with batch 1
+
+    @property
+    def d_out_proj(self):
+        return self.d_nonssm + self.nheads * self.headdim
+
+    def values(self, draw):
+        nheads, dim = self.nheads, self.nheads * self.headdim
+        channels = dim + 2 * self.ngroups * self.dstate
+        columns = 2 * self.d_nonssm + dim + channels + nheads
+        values = {
+            "zxbcdt": draw.normal(self.batch, self.seqlen, columns),
+            "conv1d_weight": draw.normal(channels, self.width) / 2,
+            "conv1d_bias": draw.normal(channels) / 2 if self.conv_bias else None,
+            "A": -draw.uniform(0.05, 1.5, nheads),
+            "headdim": self.headdim,
+            "ngroups": self.ngroups,
+            "silu": self.silu,
+            "norm_before_gate": self.norm_before_gate,
+        }
+        if self.D:
+            values["D"] = draw.normal(nheads, *([self.headdim] if self.D == "channel" else []))
+        if self.dt_bias:
+            values["dt_bias"] = draw.uniform(-2, 0, nheads)
+        if self.norm:  # of few channels and small numbers the norm is ill-conditioned
+            values |= {"norm_weight": draw.uniform(0.5, 1.5, dim), "norm_eps": 1e-2}
+        if self.d_model is not None:
+            values["out_proj_weight"] = draw.normal(self.d_model, self.d_out_proj)
+            values["out_proj_weight"] /= math.sqrt(max(self.d_out_proj, 1))
+            values["out_proj_bias"] = draw.normal(self.d_model) if self.out_bias else None
+        if self.limits:
+            values |= {"dt_min": 0.1, "dt_max": 0.5}
+        if self.num_sequences is not None:
+            values["cu_seqlens"] = cuts(draw, self.num_sequences, self.seqlen)
+        if self.initial_states:
+            rows = 1 if self.initial_states == "first" else self.result_shapes()["final_states"][0]
+            values["initial_states"] = draw.normal(rows, nheads, self.headdim, self.dstate)
+        if self.packing:
+            values["seq_idx"] = packed_ids(draw, self.batch, self.seqlen, self.packing)
+        return values
+
+    def own_dtype(self, name, values):
+        if name in ("A", "D", "dt_bias", "initial_states") and self.dtype != torch.float64:
+            return torch.float32
+        return self.dtype
+
+    def result_shapes(self):
+        rows = self.batch if self.num_sequences is None else self.num_sequences
+        columns = self.d_out_proj if self.d_model is None else self.d_model
+        return {
+            "out": (self.batch, self.seqlen, columns),
+            "final_states": (rows, self.nheads, self.headdim, self.dstate),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NormGated(Case):
     op: ClassVar[str] = "rms_norm_gated"
     results: ClassVar[tuple[str, ...]] = ("out",)

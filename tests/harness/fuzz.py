@@ -14,11 +14,13 @@ _WEIGHTS = {
     "selective_scan": 26,
     "selective_state_update": 12,
     "ssd_chunk_scan": 22,
-    "mamba_inner": 2,
+    "mamba_inner": 4,
+    "mamba2_inner": 4,
     "rms_norm_gated": 8,
     "layer_norm": 8,
 }
-_INEXACT = ("mamba_inner", "rms_norm_gated", "layer_norm")  # no sums alone: roots, exponentials
+# No sums alone: roots, exponentials.
+_INEXACT = ("mamba_inner", "mamba2_inner", "rms_norm_gated", "layer_norm")
 
 # Of any 1000 cases in a row, at least so many have the property.
 QUOTAS = {
@@ -287,6 +289,37 @@ def _inner(rng, dtype):
     }
 
 
+def _inner2(rng, dtype):
+    ngroups = rng.choice([1, 1, 2, 3])
+    num_sequences = rng.choice([None, None, 1, 3])
+    return {
+        "type": cases.Inner2,
+        "names": ("zxbcdt", "dout", "dfinal_states"),
+        "parameters": ("conv1d_weight", "conv1d_bias", "A", "D", "dt_bias", "norm_weight"),
+        "states": {"initial_states": lambda dtype: (dtype, torch.float32)},
+        "batch": 1 if num_sequences is not None else rng.randint(1, 3),
+        "seqlen": rng.randint(1, 40),
+        "nheads": ngroups * rng.randint(1, 3),
+        "headdim": rng.randint(2, 8),
+        "ngroups": ngroups,
+        "dstate": rng.randint(1, 16),
+        "d_nonssm": rng.choice([0, 0, 1, 6]),
+        "width": rng.choice([1, 2, 4, 5]),
+        "d_model": rng.choice([None, 1, 8]),
+        "conv_bias": _flag(rng),
+        "out_bias": _flag(rng),
+        "D": rng.choice([None, "head", "channel"]),
+        "dt_bias": _flag(rng),
+        "norm": _flag(rng),
+        "norm_before_gate": _flag(rng),
+        "silu": _flag(rng, 0.8),
+        "limits": _flag(rng, 0.3),
+        "initial_states": _flag(rng),
+        "packing": _packing(rng),
+        "num_sequences": num_sequences,
+    }
+
+
 def _leading(rng):
     return tuple(_size(rng, 9) for _ in range(rng.randint(0, 4)))
 
@@ -342,6 +375,7 @@ _MAKERS = {
     "selective_state_update": _state_update,
     "ssd_chunk_scan": _ssd,
     "mamba_inner": _inner,
+    "mamba2_inner": _inner2,
     "rms_norm_gated": _norm_gated,
     "layer_norm": _layer_norm,
 }

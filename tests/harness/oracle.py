@@ -39,8 +39,8 @@ def plain(op, arguments, differentiable=(), cotangents=None):
 
 def blurred(op, arguments, differentiable=(), cotangents=None):
     step = torch.finfo(_precision_inside(arguments)).eps
-    if op == "mamba_inner":  # its parts hand on rounded sums, which are rounded to its type, too
-        step = max(2 * step, torch.finfo(arguments["xz"].dtype).eps / 2)
+    if op in COMPOSITES:  # parts hand on rounded sums, which are rounded to their type, too
+        step = max(2 * step, torch.finfo(arguments[COMPOSITES[op]].dtype).eps / 2)
     generator = torch.Generator().manual_seed(0)
 
     def blur(value):
@@ -106,9 +106,9 @@ def _evaluate_serially(
         inner = {name: _in_precision(value, inside) for name, value in arguments.items()}
         if op == "layer_norm" and rounded:
             inner["stored"] = lambda s: s.to(result_dtype(op, "residual_out", own)).to(inside)
-        if op == "mamba_inner":
+        if op in COMPOSITES:
             if rounded:
-                hand_on = lambda tensor: tensor.to(own["xz"]).to(inside)  # noqa: E731
+                hand_on = lambda tensor: tensor.to(own[COMPOSITES[op]]).to(inside)  # noqa: E731
             inner["hand_on"] = hand_on
         results = REFERENCES[op](**inner)
     if rounded:
@@ -140,8 +140,9 @@ def types(arguments):
 
 def result_dtype(op, result, dtypes):
     """The type that the contract gives a result, from `types` of the arguments."""
-    if result == "final_states" and op == "ssd_chunk_scan":
-        return torch.float64 if dtypes["x"] == torch.float64 else torch.float32
+    if result == "final_states" and op in ("ssd_chunk_scan", "mamba2_inner"):
+        wide = torch.float64 in (dtypes.get("x"), dtypes.get("zxbcdt"))
+        return torch.float64 if wide else torch.float32
     if op == "selective_scan" and result == "last_state":
         wide = dtypes["u"] == torch.float64
         if dtypes["A"].is_complex:
@@ -154,6 +155,8 @@ def result_dtype(op, result, dtypes):
             return dtypes["residual"]
         wide = torch.promote_types(dtypes["x"], torch.float32)
         return wide if dtypes["residual_in_fp32"] else dtypes["x"]
+    if op == "mamba2_inner":
+        return dtypes.get("out_proj_weight", dtypes["zxbcdt"])
     return dtypes["u" if op == "selective_scan" else "xz" if op == "mamba_inner" else "x"]
 
 
@@ -594,6 +597,76 @@ def mamba_inner(
     return {"out": F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)}
 
 
+def mamba2_inner(
+    zxbcdt,
+    conv1d_weight,
+    conv1d_bias,
+    A,
+    headdim,
+    ngroups=1,
+    D=None,
+    dt_bias=None,
+    norm_weight=None,
+    out_proj_weight=None,
+    out_proj_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    silu=True,
+    norm_eps=1e-6,
+    norm_before_gate=True,
+    dt_min=0.0,
+    dt_max=None,
+    hand_on=lambda tensor: tensor,
+):
+    """`hand_on` is what happens to the result of a part on its way to the next."""
+    batch, seqlen, columns = zxbcdt.shape
+    nheads, channels = len(A), len(conv1d_weight)
+    dim = nheads * headdim
+    d_nonssm = (columns - dim - channels - nheads) // 2
+    z0, x0, z, xBC, dt = zxbcdt.split([d_nonssm, d_nonssm, dim, channels, nheads], dim=2)
+
+    bounds = [0, seqlen] if cu_seqlens is None else cu_seqlens.tolist()
+    pieces = [xBC[:, :0]]
+    for begin, end in zip(bounds, bounds[1:]):
+        ids = None if seq_idx is None else seq_idx[:, begin:end]
+        piece = xBC[:, begin:end].transpose(1, 2)
+        piece = causal_conv1d(piece, conv1d_weight, conv1d_bias, ids, silu=silu)["out"]
+        pieces.append(piece.transpose(1, 2))
+    xBC = hand_on(torch.cat(pieces, dim=1))
+    x, B, C = xBC.split([dim, (channels - dim) // 2, (channels - dim) // 2], dim=2)
+
+    def heads(M, count):
+        return M.reshape(batch, seqlen, count, M.shape[2] // count)
+
+    results = ssd_chunk_scan(
+        heads(x, nheads),
+        dt,
+        A,
+        heads(B, ngroups),
+        heads(C, ngroups),
+        D,
+        None if norm_weight is not None else heads(z, nheads),
+        dt_bias,
+        initial_states,
+        seq_idx,
+        cu_seqlens,
+        dt_softplus=True,
+        dt_min=dt_min,
+        dt_max=dt_max,
+    )
+    y = hand_on(results["out"].reshape(batch, seqlen, dim))
+    if norm_weight is not None:
+        options = {"group_size": dim // ngroups, "norm_before_gate": norm_before_gate}
+        y = hand_on(rms_norm_gated(y, norm_weight, None, z, norm_eps, **options)["out"])
+    if d_nonssm > 0:
+        y = torch.cat([hand_on(hand_on(z0 * torch.sigmoid(z0)) * x0), y], dim=2)
+    if out_proj_weight is not None:
+        y = F.linear(y, out_proj_weight, out_proj_bias)
+    return {"out": y, "final_states": results["final_states"]}
+
+
+COMPOSITES = {"mamba_inner": "xz", "mamba2_inner": "zxbcdt"}  # and what says their type
 REFERENCES = {
     "causal_conv1d": causal_conv1d,
     "causal_conv1d_update": causal_conv1d_update,
@@ -604,4 +677,5 @@ REFERENCES = {
     "rms_norm_gated": rms_norm_gated,
     "layer_norm": layer_norm,
     "mamba_inner": mamba_inner,
+    "mamba2_inner": mamba2_inner,
 }

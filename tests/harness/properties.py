@@ -49,6 +49,7 @@ PER_ROW = {
         "final_states",
     },
     "mamba_inner": {"xz", "B", "C", "out"},
+    "mamba2_inner": {"zxbcdt", "initial_states", "seq_idx", "out", "final_states"},
     "rms_norm_gated": {"x", "z", "out"},
     "layer_norm": {
         "x",

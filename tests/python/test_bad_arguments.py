@@ -219,6 +219,51 @@ INNER_ROWS = [
     ("level", "checkpoint_lvl", 2, ["2"]),
 ]
 
+INNER2 = cases.Inner2(
+    batch=1, seqlen=17, nheads=4, headdim=3, ngroups=2, dstate=4, d_nonssm=2, num_sequences=3
+)
+INNER2_ROWS = [
+    ("rank", "zxbcdt", lambda t: t[0], ["(17, 48)"]),
+    ("odd", "zxbcdt", lambda t: t[..., :47], ["47", "44"]),
+    ("few", "zxbcdt", lambda t: t[..., :42], ["42", "44"]),
+    ("type", "zxbcdt", lambda t: t.int(), ["float32", "int32"]),
+    ("rank", "conv1d_weight", lambda t: t[:, None], ["(28, 1, 4)"]),
+    ("rows", "conv1d_weight", lambda t: t[:27], ["27", "12"]),
+    ("few", "conv1d_weight", lambda t: t[:12], ["12"]),
+    ("width", "conv1d_weight", lambda t: t[:, :0], ["width >= 1"]),
+    ("type", "conv1d_weight", lambda t: t.double(), ["float32", "float64"]),
+    ("size", "conv1d_bias", lambda t: t[:5], ["(28)|(28,)", "(5)|(5,)"]),
+    ("rank", "A", lambda t: t[None], ["(1, 4)"]),
+    ("none", "A", lambda t: t[:0], ["nheads >= 1"]),
+    ("zero", "headdim", 0, ["0"]),
+    ("zero", "ngroups", 0, ["4", "0"]),
+    ("three", "ngroups", 3, ["4", "3"]),
+    ("size", "D", lambda t: t[:3], ["(4)|(4,)", "(3)|(3,)"]),
+    ("channels", "D", lambda t: t[:, None].expand(4, 2), ["(4, 3)", "(4, 2)"]),
+    ("rank", "D", lambda t: t[None, None], ["(1, 1, 4)"]),
+    ("size", "dt_bias", lambda t: t[:3], ["(4)|(4,)", "(3)|(3,)"]),
+    ("type", "dt_bias", lambda t: t.double(), ["float32", "float64"]),
+    ("size", "norm_weight", lambda t: t[:11], ["(12)|(12,)", "(11)|(11,)"]),
+    ("columns", "out_proj_weight", lambda t: t[:, :13], ["(5, 14)", "(5, 13)"]),
+    ("rank", "out_proj_weight", lambda t: t[0], ["(14)|(14,)"]),
+    ("size", "out_proj_bias", lambda t: t[:4], ["(5)|(5,)", "(4)|(4,)"]),
+    ("type", "out_proj_bias", lambda t: t.double(), ["float32", "float64"]),
+    ("alone", "out_proj_bias", lambda t: t, ["needs out_proj_weight"], {"out_proj_weight": None}),
+    ("rows", "initial_states", lambda t: t[:2], ["(3, 4, 3, 4)", "(2, 4, 3, 4)"]),
+    ("state", "initial_states", lambda t: t[..., :3], ["(3, 4, 3, 4)", "(3, 4, 3, 3)"]),
+    ("type", "initial_states", lambda t: t.double(), ["float32", "float64"]),
+    ("rank", "cu_seqlens", lambda t: t[None], ["(1, 4)"]),
+    ("none", "cu_seqlens", lambda t: t[:0], ["0"]),
+    ("float", "cu_seqlens", lambda t: t.float(), ["int32", "float32"]),
+    ("limits", "dt_min", 2.0, ["2", "1"], {"dt_max": 1.0}),
+]
+INNER2_PACKED = cases.Inner2(packing="packed")
+INNER2_PACKED_ROWS = [
+    ("size", "seq_idx", lambda t: t[:, :16], ["(2, 17)", "(2, 16)"]),
+    ("type", "seq_idx", lambda t: t.float(), ["int32", "float32"]),
+    ("batch", "cu_seqlens", torch.tensor([0, 17]), ["batch = 1", "(2, 17, 44)"]),
+]
+
 NORM_GATED = cases.NormGated(leading=(2, 7), groups=3, group=8)
 NORM_GATED_ROWS = [
     ("no axis", "x", lambda t: t[0, 0, 0], ["channels", "()"]),
@@ -279,6 +324,8 @@ TABLES = (
     (SSD, SSD_ROWS),
     (SSD_CUT, SSD_CUT_ROWS),
     (INNER, INNER_ROWS),
+    (INNER2, INNER2_ROWS),
+    (INNER2_PACKED, INNER2_PACKED_ROWS),
     (NORM_GATED, NORM_GATED_ROWS),
     (LAYER_NORM, LAYER_NORM_ROWS),
     (ROWSCALE, ROWSCALE_ROWS),
@@ -292,7 +339,8 @@ def _rows(derived=False):
         if derived and not case.differentiable:
             continue
         for label, argument, spoil, words, *others in table:
-            kind = {id(COMPLEX): "complex ", id(SSD_CUT): "cut "}.get(id(case), "")
+            kinds = {id(COMPLEX): "complex ", id(SSD_CUT): "cut ", id(INNER2_PACKED): "packed "}
+            kind = kinds.get(id(case), "")
             label = f"{case.op}-{argument}-{kind}{label}"
             values = (case, argument, spoil, words, others[0] if others else {}, derived)
             rows.append(pytest.param(*values, id=label + (" with gradients" if derived else "")))
@@ -345,10 +393,11 @@ def test_wrong_argument_under_tracing(case, argument, spoil, words, others, grad
 
 
 def _tensor_arguments():
+    only = {id(ROWSCALE): "rowscale", id(INNER2_PACKED): "seq_idx"}  # the others have had their turn
     rows = []
     for case, _ in TABLES:
         for name, value in case.call().arguments.items() if case is not COMPLEX else ():
-            if case is ROWSCALE and name != "rowscale":
+            if only.get(id(case), name) != name:
                 continue
             if isinstance(value, torch.Tensor):
                 rows.append(pytest.param(case, name, id=f"{case.op}-{name}"))

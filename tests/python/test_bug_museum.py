@@ -7,7 +7,15 @@ import re
 import pytest
 import torch
 from harness import cases, compare, oracle, poison, properties
-from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan, mamba_chunk_scan_combined
+from mamba_ssm import Mamba2
+from mamba_ssm.modules.mamba2_simple import Mamba2Simple
+from mamba_ssm.ops.triton.ssd_combined import (
+    mamba_chunk_scan,
+    mamba_chunk_scan_combined,
+    mamba_split_conv1d_scan_combined,
+    mamba_split_conv1d_scan_ref,
+)
+from mamba_ssm.utils.generation import InferenceParams
 
 
 def virtual_empty(elements, dtype, device):
@@ -655,6 +663,7 @@ def test_works_without_a_gpu():
         cases.StateUpdate(),
         cases.Ssd(),
         cases.Inner(),
+        cases.Inner2(),
     ):
         assert case.call("cpu").invoke()["out"].device.type == "cpu"
 
@@ -692,6 +701,98 @@ def test_groups_that_do_not_divide(groups, device):
         torch.ops.mamba_ssm.selective_scan(u, u, torch.randn(6, 3, device=device), B, B)
 
 
+# Mamba-2 blocks ---------------------------------------------------------------------------------
+
+
+def mamba2(kind=Mamba2, **options):
+    torch.manual_seed(0)
+    options = {"d_model": 12, "d_state": 5, "headdim": 4, "dtype": torch.float64, **options}
+    return kind(**options)
+
+
+def stepped(block, x):
+    states = block.allocate_inference_cache(len(x), x.shape[1])
+    with torch.no_grad():
+        return torch.cat([block.step(x[:, t : t + 1], *states)[0] for t in range(x.shape[1])], 1)
+
+
+def test_mamba2_inner_projects_out_without_norm_beside_an_mlp(device):
+    """out_proj's gradient has the columns of the MLP too."""
+    case = cases.Inner2(norm=False, d_nonssm=5)
+    outcome = compare.check_call(case.call(device))
+    assert outcome.gradients["out_proj_weight"].shape == (5, 17)
+
+
+def test_mamba2_reference_normalizes_by_group(device):
+    a = cases.Inner2(dtype=torch.float64, ngroups=2, seqlen=9).call(device).arguments
+    names = ("zxbcdt", "conv1d_weight", "conv1d_bias", "dt_bias", "A", "D")
+    options = {"rmsnorm_weight": a["norm_weight"], "headdim": 3, "ngroups": 2}
+    arguments = [*(a[name] for name in names), 8]
+    expected = mamba_split_conv1d_scan_combined(*arguments, **options)
+    torch.testing.assert_close(mamba_split_conv1d_scan_ref(*arguments, **options), expected)
+
+
+def test_mamba2_step_limits_steps():
+    block, x = mamba2(dt_limit=(0.02, 0.05)), torch.randn(2, 6, 12, dtype=torch.float64)
+    torch.testing.assert_close(stepped(block, x), block(x))
+    block.dt_limit = (0.0, float("inf"))
+    assert not torch.allclose(stepped(block, x), mamba2(dt_limit=(0.02, 0.05))(x))
+
+
+def test_mamba2_step_with_D_per_channel():
+    block, x = mamba2(D_has_hdim=True), torch.randn(2, 6, 12, dtype=torch.float64)
+    with torch.no_grad():
+        block.D.uniform_(0.5, 1.5)
+    torch.testing.assert_close(stepped(block, x), block(x))
+
+
+def test_mamba2_offsets_isolate_in_training():
+    block, x = mamba2(), torch.randn(1, 9, 12, dtype=torch.float64)
+    x.requires_grad_()
+    out = block(x, cu_seqlens=torch.tensor([0, 4, 9]))
+    (dx,) = torch.autograd.grad(out[:, 4:].sum(), x)
+    assert (dx[:, :4] == 0).all() and dx[:, 4:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [Mamba2, Mamba2Simple])
+def test_mamba2_normalizes_by_group_on_every_path(kind):
+    block, x = mamba2(kind, ngroups=2), torch.randn(2, 6, 12, dtype=torch.float64)
+    expected = block(x)
+    block.use_mem_eff_path = False
+    torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(stepped(block, x), expected)
+    block.norm.group_size = None
+    assert not torch.allclose(block(x), expected)
+
+
+def test_mamba2_simple_isolates_in_the_convolution():
+    block = mamba2(Mamba2Simple, use_mem_eff_path=False)
+    x = torch.randn(1, 9, 12, dtype=torch.float64)
+    ids = torch.tensor([[0] * 4 + [1] * 5])
+    out = block(x, seq_idx=ids)
+    torch.testing.assert_close(out, torch.cat([block(x[:, :4]), block(x[:, 4:])], dim=1))
+
+
+def test_mamba2_prefills_in_pieces():
+    block, x = mamba2(layer_idx=0), torch.randn(2, 9, 12, dtype=torch.float64)
+    params = InferenceParams(max_seqlen=9, max_batch_size=2)
+    outputs = []
+    with torch.no_grad():
+        for piece in x.split([2, 5, 2], dim=1):
+            outputs.append(block(piece, inference_params=params))
+            params.seqlen_offset += piece.shape[1]
+    torch.testing.assert_close(torch.cat(outputs, dim=1), block(x))
+
+
+@pytest.mark.parametrize("use_mem_eff_path", [False, True])
+def test_mamba2_heads_not_a_multiple_of_8(use_mem_eff_path):
+    """Strides that no vector of 8 divides: 6 heads, 34 channels of the convolution."""
+    block = mamba2(use_mem_eff_path=use_mem_eff_path)
+    assert block.nheads == 6 and block.conv1d.weight.shape[0] == 34
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    torch.testing.assert_close(block(x), stepped(block, x))
+
+
 # Numbers ----------------------------------------------------------------------------------------
 
 
@@ -703,6 +804,7 @@ def test_float32_in_gives_float32_accuracy(device):
         cases.StateUpdate(nheads=4, dim=64, dstate=128),
         cases.Ssd(seqlen=130, headdim=32, dstate=16, initial_states=False),
         cases.Inner(dim=32, seqlen=40, dstate=16),
+        cases.Inner2(seqlen=40, headdim=16, dstate=16, d_model=32),
     ):
         call = case.call(device)
         truth = oracle.exact(call.op, call.arguments).results["out"]

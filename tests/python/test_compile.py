@@ -32,6 +32,9 @@ CASES = {
     ),
     "mamba_inner": cases.Inner(),
     "mamba_inner rms": cases.Inner(rms=True, proj_bias=True, checkpoint_lvl=0),
+    "mamba2_inner": cases.Inner2(),
+    "mamba2_inner MLP": cases.Inner2(d_nonssm=3, norm=False, packing="padded"),
+    "mamba2_inner cu_seqlens": cases.Inner2(batch=1, num_sequences=3, limits=True, D="channel"),
     "rms_norm_gated": cases.NormGated(groups=3),
     "rms_norm_gated plain": cases.NormGated(z=False, bias=False, whole_row=True),
     "layer_norm": cases.LayerNorm(),
@@ -44,6 +47,7 @@ INDUCTOR = (
     "selective_scan",
     "selective_state_update",
     "ssd_chunk_scan",
+    "mamba2_inner",
     "rms_norm_gated",
     "layer_norm",
 )
@@ -202,10 +206,13 @@ def test_compiled_chunk_scan(device):
     assert counter.frame_count <= 2
 
 
-def test_compiled_module(device):
-    """mamba_ssm.Mamba in training: one graph for every length, the gradients of eager mode."""
+@pytest.mark.parametrize(
+    "kind, options", [(mamba_ssm.Mamba, {}), (mamba_ssm.Mamba2, {"headdim": 4})]
+)
+def test_compiled_module(kind, options, device):
+    """A module in training: one graph for every length, the gradients of eager mode."""
     torch._dynamo.reset()
-    module = mamba_ssm.Mamba(d_model=16, d_state=4, device=device)
+    module = kind(d_model=16, d_state=4, device=device, **options)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for length in (5, 7, 8, 16, 19, 32, 33, 40, 64, 71):

@@ -37,6 +37,19 @@ SIGNATURES = {
     "D=None, z=None, dt_bias=None, dt_softplus=False",
     "mamba_ssm.ops.triton.ssd_combined:ssd_selective_scan": "x, dt, A, B, C, D=None, z=None, "
     "dt_bias=None, dt_softplus=False, dt_limit=(0.0, inf)",
+    "mamba_ssm.ops.triton.ssd_combined:mamba_split_conv1d_scan_combined": "zxbcdt, conv1d_weight, "
+    "conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None, "
+    "dt_limit=(0.0, inf), return_final_states=False, activation='silu', rmsnorm_weight=None, "
+    "rmsnorm_eps=1e-06, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, "
+    "norm_before_gate=True, state_dtype=None, *, cu_seqlens=None",
+    "mamba_ssm.ops.triton.ssd_combined:mamba_split_conv1d_scan_ref": "zxbcdt, conv1d_weight, "
+    "conv1d_bias, dt_bias, A, D, chunk_size, dt_limit=(0.0, inf), activation='silu', "
+    "rmsnorm_weight=None, rmsnorm_eps=1e-06, outproj_weight=None, outproj_bias=None, "
+    "headdim=None, ngroups=1, norm_before_gate=True",
+    "mamba_ssm.ops.triton.ssd_combined:mamba_conv1d_scan_ref": "xBC, conv1d_weight, conv1d_bias, "
+    "dt, A, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, inf), "
+    "activation='silu', headdim=None, ngroups=1",
+    "mamba_ssm.ops.triton.ssd_combined:ensure_stride": "inp",
     "mamba_ssm.modules.ssd_minimal:ssd_minimal_discrete": "X, A, B, C, block_len, "
     "initial_states=None",
     "mamba_ssm.ops.triton.layer_norm:layer_norm_fn": "x, weight, bias, residual=None, x1=None, "
@@ -73,6 +86,22 @@ SIGNATURES = {
     "mamba_ssm.modules.mamba_simple:Mamba.step": "self, hidden_states, conv_state, ssm_state",
     "mamba_ssm.modules.mamba_simple:Mamba.allocate_inference_cache": "self, batch_size, "
     "max_seqlen, dtype=None, **kwargs",
+    "mamba_ssm:Mamba2": "d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, "
+    "d_ssm=None, ngroups=1, A_init_range=(1, 16), D_has_hdim=False, rmsnorm=True, "
+    "norm_before_gate=False, dt_min=0.001, dt_max=0.1, dt_init_floor=0.0001, "
+    "dt_limit=(0.0, inf), bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=True, "
+    "layer_idx=None, process_group=None, sequence_parallel=True, device=None, dtype=None",
+    "mamba_ssm.modules.mamba2:Mamba2.forward": "self, u, seqlen=None, seq_idx=None, "
+    "cu_seqlens=None, inference_params=None",
+    "mamba_ssm.modules.mamba2:Mamba2.step": "self, hidden_states, conv_state, ssm_state",
+    "mamba_ssm.modules.mamba2:Mamba2.allocate_inference_cache": "self, batch_size, max_seqlen, "
+    "dtype=None, **kwargs",
+    "mamba_ssm.modules.mamba2_simple:Mamba2Simple": "d_model, d_state=64, d_conv=4, "
+    "conv_init=None, expand=2, headdim=128, ngroups=1, A_init_range=(1, 16), dt_min=0.001, "
+    "dt_max=0.1, dt_init_floor=0.0001, dt_limit=(0.0, inf), learnable_init_states=False, "
+    "activation='swish', bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=True, "
+    "layer_idx=None, device=None, dtype=None",
+    "mamba_ssm.modules.mamba2_simple:Mamba2Simple.forward": "self, u, seq_idx=None",
     "mamba_ssm.models.mixer_seq_simple:MambaLMHeadModel.forward": "self, input_ids, "
     "position_ids=None, inference_params=None, num_last_tokens=0, **mixer_kwargs",
     "mamba_ssm.models.mixer_seq_simple:create_block": "d_model, d_intermediate=0, ssm_cfg=None, "
@@ -103,7 +132,7 @@ NAMES = {
     "mamba_ssm": "__version__ MambaLMHeadModel selective_scan_fn mamba_inner_fn",
     "mamba_ssm.ops.selective_scan_interface": "SelectiveScanFn MambaInnerFn selective_scan_cuda",
     "mamba_ssm.ops.triton.ssd_combined": "MambaChunkScanCombinedFn "
-    "_mamba_chunk_scan_combined_fwd _mamba_chunk_scan_combined_bwd",
+    "MambaSplitConv1dScanCombinedFn _mamba_chunk_scan_combined_fwd _mamba_chunk_scan_combined_bwd",
     "mamba_ssm.ops.triton.ssd_chunk_state": "_chunk_cumsum_fwd _chunk_state_fwd chunk_state "
     "chunk_state_ref chunk_state_varlen",
     "mamba_ssm.ops.triton.ssd_state_passing": "_state_passing_fwd state_passing state_passing_ref",

@@ -12,9 +12,13 @@ from mamba_ssm.models.mixer_seq_simple import _init_weights, create_block
 from mamba_ssm.utils.generation import InferenceParams
 
 
+MAMBA, MAMBA2 = {"d_state": 4}, {"layer": "Mamba2", "d_state": 4, "headdim": 8}
+layers = pytest.mark.parametrize("ssm_cfg", [MAMBA, MAMBA2], ids=["Mamba", "Mamba2"])
+
+
 def make(device="cpu", dtype=torch.float32, **kwargs):
     torch.manual_seed(0)
-    config = {"d_model": 16, "n_layer": 2, "vocab_size": 50, "ssm_cfg": {"d_state": 4}, **kwargs}
+    config = {"d_model": 16, "n_layer": 2, "vocab_size": 50, "ssm_cfg": MAMBA, **kwargs}
     return MambaLMHeadModel(MambaConfig(**config), dtype=dtype).to(device)
 
 
@@ -50,11 +54,13 @@ def test_initial_values():
     assert (linear.bias == 0).all()
 
 
+@layers
 @pytest.mark.parametrize("rms_norm", [False, True])
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_step_equals_forward(device, rms_norm, residual_in_fp32, dtype):
-    model = make(device, dtype, rms_norm=rms_norm, residual_in_fp32=residual_in_fp32)
+def test_step_equals_forward(device, ssm_cfg, rms_norm, residual_in_fp32, dtype):
+    options = {"rms_norm": rms_norm, "residual_in_fp32": residual_in_fp32}
+    model = make(device, dtype, ssm_cfg=ssm_cfg, **options)
     tokens = ids(device)
     expected = model(tokens).logits
     assert expected.dtype == dtype
@@ -68,8 +74,9 @@ def test_step_equals_forward(device, rms_norm, residual_in_fp32, dtype):
     torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_allocated_caches_are_used():
-    model, tokens = make(), ids()
+@layers
+def test_allocated_caches_are_used(ssm_cfg):
+    model, tokens = make(ssm_cfg=ssm_cfg), ids()
     params = InferenceParams(max_seqlen=7, max_batch_size=2)
     params.key_value_memory_dict = model.allocate_inference_cache(2, 7)
     states = dict(params.key_value_memory_dict)
@@ -79,8 +86,9 @@ def test_allocated_caches_are_used():
     assert all(state.abs().sum() > 0 for layer in states.values() for state in layer)
 
 
-def test_reset_starts_a_new_sequence():
-    model, tokens = make(), ids()
+@layers
+def test_reset_starts_a_new_sequence(ssm_cfg):
+    model, tokens = make(ssm_cfg=ssm_cfg), ids()
     params = InferenceParams(max_seqlen=7, max_batch_size=2)
     with torch.no_grad():
         first = model(tokens, inference_params=params).logits
@@ -89,8 +97,9 @@ def test_reset_starts_a_new_sequence():
         torch.testing.assert_close(model(tokens, inference_params=params).logits, first)
 
 
-def test_trains(device):
-    model, tokens = make(device), ids(device)
+@layers
+def test_trains(device, ssm_cfg):
+    model, tokens = make(device, ssm_cfg=ssm_cfg), ids(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
@@ -105,12 +114,13 @@ def test_trains(device):
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("package", ["safetensors", "_C"])
-def test_save_and_load(tmp_path, monkeypatch, tie_embeddings, package):
+@layers
+def test_save_and_load(tmp_path, monkeypatch, ssm_cfg, tie_embeddings, package):
     if package == "safetensors":
         pytest.importorskip("safetensors")
     else:
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    model = make(tie_embeddings=tie_embeddings)
+    model = make(tie_embeddings=tie_embeddings, ssm_cfg=ssm_cfg)
     model.save_pretrained(tmp_path / "checkpoint")
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert names == {"config.json", "model.safetensors"}
@@ -129,14 +139,44 @@ def test_config_file_is_json(tmp_path):
     assert MambaConfig(**config) == make().config
 
 
+def test_published_sizes():
+    """mamba2-130m, without its layers but one."""
+    config = MambaConfig(d_model=768, n_layer=1, ssm_cfg={"layer": "Mamba2"})
+    config.pad_vocab_size_multiple = 16
+    model = MambaLMHeadModel(config, device="meta")
+    layer = sum(p.numel() for p in model.backbone.layers[0].parameters())
+    assert sum(p.numel() for p in model.parameters()) + 23 * layer == 128_989_632
+
+
+def test_packed_sequences_are_apart(device):
+    """cu_seqlens reaches every block of the model."""
+    model, tokens = make(device, torch.float64, ssm_cfg=MAMBA2), ids(device)
+    offsets = torch.tensor([0, 7, 14], device=device)
+    packed = model(tokens.view(1, 14), cu_seqlens=offsets).logits
+    torch.testing.assert_close(packed.view(2, 7, -1), model(tokens).logits)
+
+
+@pytest.mark.parametrize("upper", [0.5, float("inf")])
+def test_step_limits_are_saved(tmp_path, upper):
+    """Also without an upper end, for which JSON has no number."""
+    model = make(ssm_cfg={**MAMBA2, "dt_limit": (0.01, upper)})
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    limits = json.loads(text, parse_constant=pytest.fail)["ssm_cfg"]["dt_limit"]
+    assert limits == [0.01, None if upper == float("inf") else upper]
+    loaded = MambaLMHeadModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
+    assert not torch.equal(make(ssm_cfg=MAMBA2)(ids()).logits, model(ids()).logits)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
         MambaLMHeadModel.from_pretrained(tmp_path)
 
 
 def test_parts_that_do_not_exist_yet_say_so():
-    with pytest.raises(NotImplementedError, match="Mamba2"):
-        create_block(16, ssm_cfg={"layer": "Mamba2"})
+    with pytest.raises(NotImplementedError, match="Mamba3"):
+        create_block(16, ssm_cfg={"layer": "Mamba3"})
     with pytest.raises(NotImplementedError, match="attention"):
         create_block(16, attn_layer_idx=[0], layer_idx=0)
     with pytest.raises(NotImplementedError, match="MLP"):

@@ -103,6 +103,21 @@ INNER = cases.variations(
     dtype=[torch.bfloat16, torch.float64],
     layouts=[{"xz": "transposed"}],
 )
+INNER2 = cases.variations(
+    cases.Inner2(seqlen=9),
+    {"conv_bias": False, "out_bias": False, "D": None, "dt_bias": False, "initial_states": False},
+    {"norm": False, "d_nonssm": 2},
+    {"norm": False, "d_model": None},
+    {"batch": 1, "num_sequences": 3},
+    {"batch": 1, "num_sequences": 3, "packing": "padded", "initial_states": "first"},
+    norm_before_gate=[True],
+    d_model=[None],
+    D=["channel"],
+    limits=[True],
+    packing=["padded"],
+    dtype=[torch.bfloat16, torch.float64],
+    layouts=[{"zxbcdt": "transposed"}, {"zxbcdt": "sliced"}],
+)
 NORM_GATED = cases.variations(
     cases.NormGated(),
     {"z": False, "bias": False},
@@ -126,7 +141,8 @@ LAYER_NORM = cases.variations(
 
 
 def _samples():
-    for rows in (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, SSD, INNER, NORM_GATED, LAYER_NORM):
+    tables = (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, SSD, INNER, INNER2, NORM_GATED, LAYER_NORM)
+    for rows in tables:
         for label, case in rows.items():
             wants = (False, True) if case.differentiable else (False,)
             for gradients in wants:

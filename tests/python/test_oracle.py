@@ -327,6 +327,8 @@ def test_gradients_are_derivatives():
         cases.Ssd(nheads=2, headdim=2, seqlen=5, dstate=2, packing="padded", limits=True),
         cases.Ssd(nheads=2, headdim=2, seqlen=5, dstate=2, batch=1, num_sequences=3),
         cases.Inner(dim=2, seqlen=4, dstate=2, rms=True, proj_bias=True),
+        cases.Inner2(nheads=2, headdim=2, seqlen=5, dstate=2, d_nonssm=1, packing="padded"),
+        cases.Inner2(nheads=2, headdim=2, seqlen=5, dstate=2, batch=1, num_sequences=3, norm=False),
     ):
         call = dataclasses.replace(case, dtype=torch.float64).call()
         leaves = [call.arguments[n].detach().clone().requires_grad_() for n in call.differentiable]

@@ -1,56 +1,99 @@
-"""The Mamba module against its C++ twin, and both against the golden file."""
+"""The modules against their C++ twins, and both against the golden files."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from mamba_ssm import Mamba, MambaLMHeadModel
+from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.utils.generation import InferenceParams
 
 _C = pytest.importorskip("mamba_ssm._C")
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mamba.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = {"d_model": 12, "d_state": 5}
+SMALL2 = {**SMALL, "headdim": 4}
 
 
 def cpp_twin(block, device, **options):
-    twin = _C.Mamba(**options, device=torch.device(device))
+    twin = getattr(_C, type(block).__name__)(**options, device=torch.device(device))
     twin.load({name: p.detach() for name, p in block.named_parameters()})
     return twin
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"conv_bias": False, "expand": 1.5}])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_are_equal(device, options, dtype):
-    torch.manual_seed(0)
-    options = {"d_model": 12, "d_state": 5, "dtype": dtype, **options}
-    block = Mamba(**options).to(device)
-    twin = cpp_twin(block, device, **options)
-    x = torch.randn(2, 9, 12, device=device, dtype=dtype, requires_grad=True)
-    x_twin = x.detach().clone().requires_grad_()
-    out, out_twin = block(x), twin(x_twin)
+BLOCKS = {
+    "Mamba": (Mamba, SMALL),
+    "Mamba bias": (Mamba, SMALL | {"bias": True}),
+    "Mamba expand": (Mamba, SMALL | {"conv_bias": False, "expand": 1.5}),
+    "Mamba2": (Mamba2, SMALL2),
+    "Mamba2 bias": (Mamba2, SMALL2 | {"bias": True, "ngroups": 2, "norm_before_gate": True}),
+    "Mamba2 MLP": (Mamba2, SMALL2 | {"d_ssm": 16, "rmsnorm": False, "conv_bias": False}),
+    "Mamba2 limits": (Mamba2, SMALL2 | {"dt_limit": (0.02, 0.05), "D_has_hdim": True}),
+}
+blocks = pytest.mark.parametrize("kind, options", BLOCKS.values(), ids=BLOCKS.keys())
+
+
+def check_equal(block, twin, x, **packing):
+    """Outputs, and gradients of input and parameters, bit for bit."""
+    x, x_twin = (x.detach().clone().requires_grad_() for _ in range(2))
+    out, out_twin = block(x, **packing), twin(x_twin, **packing)
     assert torch.equal(out, out_twin)
     dout = torch.randn_like(out)
     out.backward(dout)
     out_twin.backward(dout)
     assert torch.equal(x.grad, x_twin.grad)
     parameters = twin.named_parameters()
-    assert set(parameters) == {name for name, _ in block.named_parameters()}
+    assert list(parameters) == [name for name, _ in block.named_parameters()]
     for name, parameter in block.named_parameters():
         assert parameter.dtype == parameters[name].dtype
         assert torch.equal(parameter.grad, parameters[name].grad), name
 
 
-def test_decoding_is_equal(device):
+@blocks
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_are_equal(device, kind, options, dtype):
     torch.manual_seed(0)
-    block = Mamba(12, d_state=5, layer_idx=0).to(device)
-    twin = cpp_twin(block, device, d_model=12, d_state=5)
-    x = torch.randn(2, 9, 12, device=device)
+    options = {**options, "dtype": dtype}
+    block = kind(**options).to(device)
+    twin = cpp_twin(block, device, **options)
+    check_equal(block, twin, torch.randn(2, 9, 12, device=device, dtype=dtype))
+
+
+@pytest.mark.parametrize("packing", ["seq_idx", "cu_seqlens"])
+def test_packed_rows_are_equal(device, packing):
+    torch.manual_seed(0)
+    block = Mamba2(**SMALL2).to(device)
+    twin = cpp_twin(block, device, **SMALL2)
+    values = {"seq_idx": [[0, 0, 1, 1, 1, 1, -1, 2, 2]], "cu_seqlens": [0, 2, 2, 9]}[packing]
+    packing = {packing: torch.tensor(values, dtype=torch.int32, device=device)}
+    check_equal(block, twin, torch.randn(1, 9, 12, device=device), **packing)
+
+
+@blocks
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_is_equal(device, kind, options, packed, dtype):
+    if packed and kind is Mamba:
+        pytest.skip("Mamba takes no packed rows")
+    torch.manual_seed(0)
+    options = {**options, "dtype": dtype}
+    block = kind(**options, layer_idx=0).to(device)
+    twin = cpp_twin(block, device, **options)
+    rows, x, pieces = 2, torch.randn(2, 9, 12, device=device, dtype=dtype), [4, 1, 1, 3]
     params = InferenceParams(max_seqlen=9, max_batch_size=2)
-    state = twin.allocate_inference_cache(2)
     with torch.no_grad():
-        for piece in x.split([4, 1, 1, 3], dim=1):
+        if packed:
+            rows, offsets = 3, torch.tensor([0, 2, 2, 9], device=device)
+            x, prompt = torch.randn(3, 4, 12, device=device, dtype=dtype), x[:1]
+            pieces = [1, 1, 2]
+            state = twin.allocate_inference_cache(rows)
+            out = block(prompt, cu_seqlens=offsets, inference_params=params)
+            params.seqlen_offset = 9
+            assert torch.equal(out, twin(prompt, state, cu_seqlens=offsets))
+        else:
+            state = twin.allocate_inference_cache(rows)
+        for piece in x.split(pieces, dim=1):
             out = block(piece, inference_params=params)
             params.seqlen_offset += piece.shape[1]
             assert torch.equal(out, twin(piece, state))
@@ -59,16 +102,24 @@ def test_decoding_is_equal(device):
     assert torch.equal(ssm_state, state.ssm_state)
 
 
+LAYERS = {
+    "Mamba": {"d_state": 4, "bias": True},
+    "Mamba2": {"layer": "Mamba2", "d_state": 4, "headdim": 8, "bias": True, "d_ssm": 16},
+    "Mamba2 limits": {"layer": "Mamba2", "headdim": 8, "dt_limit": (0.01, float("inf"))},
+}
+
+
+@pytest.mark.parametrize("ssm_cfg", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("rms_norm", [False, True])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpoints_cross(tmp_path, rms_norm, tie_embeddings, dtype):
+def test_checkpoints_cross(tmp_path, ssm_cfg, rms_norm, tie_embeddings, dtype):
     torch.manual_seed(0)
     config = MambaConfig(
         d_model=16,
         n_layer=2,
         vocab_size=50,
-        ssm_cfg={"d_state": 4, "bias": True},
+        ssm_cfg=ssm_cfg,
         rms_norm=rms_norm,
         tie_embeddings=tie_embeddings,
     )
@@ -84,18 +135,27 @@ def test_checkpoints_cross(tmp_path, rms_norm, tie_embeddings, dtype):
         assert torch.equal(back(ids).logits, expected)
 
 
+GOLDEN_BLOCKS = {
+    "mamba": (Mamba, {"d_model": 16, "d_state": 8}),
+    "mamba2": (Mamba2, {"d_model": 16, "d_state": 8, "d_ssm": 24, "headdim": 4, "ngroups": 2}),
+}
+
+
+@pytest.mark.parametrize("file", GOLDEN_BLOCKS)
 @pytest.mark.parametrize("language", ["python", "cpp"])
-def test_golden(device, language):
-    golden = {name: t.to(device) for name, t in _C.load_safetensors(GOLDEN).items()}
+def test_golden(device, language, file):
+    kind, options = GOLDEN_BLOCKS[file]
+    tensors = _C.load_safetensors(GOLDEN / f"{file}.safetensors")
+    golden = {name: t.to(device) for name, t in tensors.items()}
     weights = {
         name.removeprefix("weight."): t for name, t in golden.items() if name.startswith("weight.")
     }
     if language == "python":
-        block = Mamba(d_model=16, d_state=8).to(device)
+        block = kind(**options).to(device)
         block.load_state_dict(weights)
         parameters = dict(block.named_parameters())
     else:
-        block = _C.Mamba(d_model=16, d_state=8, device=torch.device(device))
+        block = getattr(_C, kind.__name__)(**options, device=torch.device(device))
         block.load(weights)
         parameters = block.named_parameters()
     x = golden["input"].clone().requires_grad_()

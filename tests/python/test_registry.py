@@ -38,6 +38,7 @@ def keys(op):
 def test_there_are_ops():
     assert {"causal_conv1d", "causal_conv1d_update", "causal_conv1d_varlen_states"} <= set(OPS)
     assert {"selective_scan", "selective_state_update", "mamba_inner"} <= set(OPS)
+    assert {"ssd_chunk_scan", "rms_norm_gated", "layer_norm", "mamba2_inner"} <= set(OPS)
 
 
 @pytest.mark.parametrize("op", OPS)

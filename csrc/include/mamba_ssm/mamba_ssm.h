@@ -3,6 +3,7 @@
 
 #include <mamba_ssm/io/safetensors.h>
 #include <mamba_ssm/nn/mamba.h>
+#include <mamba_ssm/nn/mamba2.h>
 #include <mamba_ssm/nn/model.h>
 #include <mamba_ssm/ops.h>
 #include <mamba_ssm/version.h>

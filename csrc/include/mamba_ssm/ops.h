@@ -192,4 +192,45 @@ MAMBA_SSM_API at::Tensor mamba_inner(
     const std::optional<at::Tensor>& dt_rms_weight = std::nullopt, bool delta_softplus = true,
     int64_t checkpoint_lvl = 1, double b_c_dt_rms_eps = 1e-6);
 
+/// Everything between in_proj and the end of a Mamba-2 block: split zxbcdt in z0, x0, z, xBC and dt,
+/// convolve xBC and split it in x, B, C, scan, gate with z, put silu(z0) x0 in front, project out.
+///
+///   y   = ssd_chunk_scan(x, dt, A, B, C, D, dt_bias), dt through softplus and limits
+///   y   = rms_norm_gated(y, norm_weight, z) over groups of dim / ngroups channels, or y silu(z)
+///         without norm_weight
+///   out = [silu(z0) x0, y] out_proj_weight^T + out_proj_bias
+///
+/// One autograd node that keeps zxbcdt and y before its norm: the backward computes the convolution
+/// and the norm again.
+///
+/// Shapes, with dim = nheads * headdim: zxbcdt (batch, seqlen, 2 * d_nonssm + 2 * dim + 2 * ngroups *
+/// dstate + nheads), in the order above, where d_nonssm is what is left over; conv1d_weight (dim + 2
+/// * ngroups * dstate, width) and conv1d_bias, with `silu` behind them; A, dt_bias (nheads); D
+/// (nheads) or (nheads, headdim); norm_weight (dim); out_proj_weight (d_model, d_nonssm + dim), of the
+/// type that the projection runs in; out_proj_bias (d_model); initial_states, seq_idx, cu_seqlens as
+/// in ssd_chunk_scan. The packed sequences are apart in the convolution too, which starts from 0.
+/// Returns out (batch, seqlen, d_model), without out_proj_weight (batch, seqlen, d_nonssm + dim), and
+/// final_states (num_sequences, nheads, headdim, dstate), float32 (float64). Differentiable in every
+/// floating argument, through both results. Under autocast the projection runs in the autocast dtype.
+/// Source: Mamba-2 (arXiv 2405.21060), section 7.
+MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> mamba2_inner(
+    const at::Tensor& zxbcdt, const at::Tensor& conv1d_weight,
+    const std::optional<at::Tensor>& conv1d_bias, const at::Tensor& A, int64_t headdim,
+    int64_t ngroups = 1, const std::optional<at::Tensor>& D = std::nullopt,
+    const std::optional<at::Tensor>& dt_bias = std::nullopt,
+    const std::optional<at::Tensor>& norm_weight = std::nullopt,
+    const std::optional<at::Tensor>& out_proj_weight = std::nullopt,
+    const std::optional<at::Tensor>& out_proj_bias = std::nullopt,
+    const std::optional<at::Tensor>& initial_states = std::nullopt,
+    const std::optional<at::Tensor>& seq_idx = std::nullopt,
+    const std::optional<at::Tensor>& cu_seqlens = std::nullopt, bool silu = true,
+    double norm_eps = 1e-6, bool norm_before_gate = true, double dt_min = 0.0,
+    std::optional<double> dt_max = std::nullopt);
+
+/// seq_idx of the sequences that cu_seqlens (num_sequences + 1) describes: (1, seqlen), int64. With
+/// `seq_idx` its ids divide them further, and its padding stays padding. Not an op of its own: made of
+/// torch's, on the device of cu_seqlens, which is not read.
+MAMBA_SSM_API at::Tensor sequence_ids(const at::Tensor& cu_seqlens, const c10::SymInt& seqlen,
+                                      const std::optional<at::Tensor>& seq_idx = std::nullopt);
+
 }  // namespace mamba_ssm

@@ -1,4 +1,4 @@
-"""Language model: embedding, a stack of Mamba blocks, norm, head."""
+"""Language model: embedding, a stack of Mamba or Mamba-2 blocks, norm, head."""
 
 import json
 import math
@@ -12,10 +12,13 @@ import torch.nn as nn
 
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.modules.block import Block, add_norm
+from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.triton.layer_norm import RMSNorm
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
+
+MIXERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
 
 
 def create_block(
@@ -32,13 +35,14 @@ def create_block(
     device=None,
     dtype=None,
 ):
-    """Block layer_idx of a model. ssm_cfg: keyword arguments of the mixer, and its name "layer"."""
+    """Block layer_idx of a model. ssm_cfg: keyword arguments of the mixer, and in "layer" its kind,
+    "Mamba1" (the default) or "Mamba2"."""
     factory_kwargs = {"device": device, "dtype": dtype}
     ssm_cfg = dict(ssm_cfg or {})
     layer = ssm_cfg.pop("layer", "Mamba1")
     if layer not in ("Mamba1", "Mamba2", "Mamba3"):
         raise ValueError(f"create_block: unknown ssm_cfg layer {layer!r}")
-    if layer != "Mamba1":
+    if layer not in MIXERS:
         raise NotImplementedError(f"create_block: layer {layer!r} is not available yet")
     if layer_idx in (attn_layer_idx or ()):
         raise NotImplementedError("create_block: attention layers are not available yet")
@@ -47,7 +51,7 @@ def create_block(
     norm_cls = RMSNorm if rms_norm else nn.LayerNorm
     block = Block(
         d_model,
-        partial(Mamba, layer_idx=layer_idx, **ssm_cfg, **factory_kwargs),
+        partial(MIXERS[layer], layer_idx=layer_idx, **ssm_cfg, **factory_kwargs),
         nn.Identity,
         norm_cls=partial(norm_cls, eps=norm_epsilon, **factory_kwargs),
         fused_add_norm=fused_add_norm,
@@ -204,8 +208,12 @@ class MambaLMHeadModel(nn.Module):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(asdict(self.config), indent=2, allow_nan=False)
-        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        config = asdict(self.config)
+        if "dt_limit" in config["ssm_cfg"]:  # JSON knows no infinity
+            limits = config["ssm_cfg"]["dt_limit"]
+            config["ssm_cfg"]["dt_limit"] = [None if end == math.inf else end for end in limits]
+        text = json.dumps(config, indent=2, allow_nan=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:
             del state_dict["lm_head.weight"]

@@ -6,30 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mamba_ssm.modules._parts import is_plain, read_cache, states_from_cache, upcast
+
 ops = torch.ops.mamba_ssm
-
-
-def _is_plain(module, kind):
-    """Whether module is exactly a `kind`, so that using its weight equals calling its forward."""
-    return (
-        type(module) is kind  # a parametrized module has a type of its own
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-    )
-
-
-def _upcast(tensor):
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _read_cache(cache, dtype):
-    """Contents of a cache as an argument that autograd may keep while the cache changes."""
-    values = cache.detach().to(dtype)
-    return values.clone() if torch.is_grad_enabled() and dtype == cache.dtype else values
 
 
 def _project_channel_first(weight, tokens):
@@ -169,8 +148,8 @@ class Mamba(nn.Module):
             self.out_proj.weight,
             self.out_proj.bias,
             self._A(),
-            D=_upcast(self.D),
-            delta_bias=_upcast(self.dt_proj.bias),
+            D=upcast(self.D),
+            delta_bias=upcast(self.dt_proj.bias),
             delta_softplus=True,
         )
 
@@ -187,7 +166,7 @@ class Mamba(nn.Module):
             )
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
         past = conv_state.detach().to(x.dtype)  # another dtype goes through a copy
-        if _is_plain(self.conv1d, nn.Conv1d):
+        if is_plain(self.conv1d, nn.Conv1d):
             x = ops.causal_conv1d_update(
                 x, past, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True
             )
@@ -198,8 +177,8 @@ class Mamba(nn.Module):
             conv_state.copy_(window.detach())
             x = self.act(self.conv1d(window)[..., self.d_conv - 1]).to(x.dtype)
         dt, B, C = self._split(self.x_proj(x).to(x.dtype))
-        if _is_plain(self.dt_proj, nn.Linear):
-            dt, dt_bias = F.linear(dt, self.dt_proj.weight), _upcast(self.dt_proj.bias)
+        if is_plain(self.dt_proj, nn.Linear):
+            dt, dt_bias = F.linear(dt, self.dt_proj.weight), upcast(self.dt_proj.bias)
         else:
             dt, dt_bias = self.dt_proj(dt), None
         y = ops.selective_state_update(
@@ -209,7 +188,7 @@ class Mamba(nn.Module):
             self._A(),
             B,
             C,
-            D=_upcast(self.D),
+            D=upcast(self.D),
             z=z,
             dt_bias=dt_bias,
             dt_softplus=True,
@@ -236,40 +215,23 @@ class Mamba(nn.Module):
         return conv_state, ssm_state
 
     def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):
-        if self.layer_idx is None:
-            raise ValueError("Mamba: an inference cache needs a module made with layer_idx=...")
-        cache = inference_params.key_value_memory_dict
-        states = cache.get(self.layer_idx)
-        if states is None or (
-            states[0].shape[0] != batch_size and inference_params.seqlen_offset == 0
-        ):
-            states = self.allocate_inference_cache(batch_size, inference_params.max_seqlen)
-            cache[self.layer_idx] = states
-        elif states[0].shape[0] != batch_size:
-            raise ValueError(
-                f"Mamba: layer {self.layer_idx} has cached states of batch size "
-                f"{states[0].shape[0]}, but hidden_states have batch size {batch_size}"
-            )
-        if initialize_states:
-            for state in states:
-                state.zero_()
-        return states
+        return states_from_cache(self, inference_params, batch_size, initialize_states)
 
     def _A(self):
-        return -torch.exp(_upcast(self.A_log))
+        return -torch.exp(upcast(self.A_log))
 
     def _split(self, projected):
         """Output of x_proj, (..., dt_rank + 2 * d_state), as dt, B, C."""
         return projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
     def _is_fusible(self):
-        return _is_plain(self.conv1d, nn.Conv1d) and all(
-            _is_plain(module, nn.Linear) for module in (self.x_proj, self.dt_proj, self.out_proj)
+        return is_plain(self.conv1d, nn.Conv1d) and all(
+            is_plain(module, nn.Linear) for module in (self.x_proj, self.dt_proj, self.out_proj)
         )
 
     def _project_in(self, hidden_states):
         """in_proj as (batch, 2 * d_inner, seqlen), for a plain in_proj with contiguous tokens."""
-        if not _is_plain(self.in_proj, nn.Linear):
+        if not is_plain(self.in_proj, nn.Linear):
             return self.in_proj(hidden_states).transpose(1, 2)
         xz = _project_channel_first(self.in_proj.weight, hidden_states)
         if self.in_proj.bias is not None:
@@ -285,8 +247,8 @@ class Mamba(nn.Module):
         x, z = xz.chunk(2, dim=1)  # (batch, d_inner, seqlen)
         x_in = x
         # Inputs before the first token, (batch, d_inner, d_conv - 1).
-        history = _read_cache(conv_state[..., 1:], x.dtype) if continues else None
-        if _is_plain(self.conv1d, nn.Conv1d):
+        history = read_cache(conv_state[..., 1:], x.dtype) if continues else None
+        if is_plain(self.conv1d, nn.Conv1d):
             x, _ = ops.causal_conv1d(
                 x,
                 self.conv1d.weight.squeeze(1),
@@ -300,9 +262,9 @@ class Mamba(nn.Module):
             x = self.act(self.conv1d(window)[..., start : start + x.shape[-1]]).to(x.dtype)
 
         dt, B, C = self._split(self.x_proj(x.transpose(1, 2)).to(x.dtype))
-        if _is_plain(self.dt_proj, nn.Linear):
+        if is_plain(self.dt_proj, nn.Linear):
             delta = _project_channel_first(self.dt_proj.weight, dt)
-            delta_bias = _upcast(self.dt_proj.bias)
+            delta_bias = upcast(self.dt_proj.bias)
         else:
             delta, delta_bias = self.dt_proj(dt).transpose(1, 2), None
         A = self._A()
@@ -312,10 +274,10 @@ class Mamba(nn.Module):
             A,
             B.transpose(1, 2),
             C.transpose(1, 2),
-            D=_upcast(self.D),
+            D=upcast(self.D),
             z=z,
             delta_bias=delta_bias,
-            initial_state=_read_cache(ssm_state, A.dtype) if continues else None,
+            initial_state=read_cache(ssm_state, A.dtype) if continues else None,
             delta_softplus=True,
         )
         if ssm_state is not None:

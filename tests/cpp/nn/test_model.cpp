@@ -7,6 +7,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
+#include <cmath>
 #include <fstream>
 #include <map>
 #include <set>
@@ -16,6 +17,8 @@
 
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
+using mamba_ssm::Mamba;
+using mamba_ssm::Mamba2Options;
 using mamba_ssm::MambaLMConfig;
 using mamba_ssm::MambaLMHeadModel;
 using mamba_ssm::MambaLMHeadModelImpl;
@@ -25,6 +28,11 @@ namespace {
 
 MambaLMConfig small_config() {
   return MambaLMConfig().d_model(16).n_layer(2).vocab_size(59).ssm_cfg(MambaOptions(0).d_state(4));
+}
+
+MambaLMConfig small_mamba2_config() {
+  return small_config().ssm_cfg(
+      Mamba2Options(0).d_state(4).headdim(8).ngroups(2).d_ssm(16).bias(true));
 }
 
 Tensor random_tokens(int64_t batch, int64_t seqlen) {
@@ -81,14 +89,24 @@ TEST_CASE("published sizes have the published numbers of parameters", "[model]")
     (item.key().rfind("backbone.layers.", 0) == 0 ? layer : shared) += item->numel();
   }
   CHECK(shared + 24 * layer == 129'135'360);
+  // mamba2-130m, the same way.
+  shared = layer = 0;
+  MambaLMHeadModel model2(
+      MambaLMConfig().d_model(768).n_layer(1).pad_vocab_size_multiple(16).ssm_cfg(
+          Mamba2Options(0)));
+  for (const auto& item : model2->named_parameters()) {
+    (item.key().rfind("backbone.layers.", 0) == 0 ? layer : shared) += item->numel();
+  }
+  CHECK(shared + 24 * layer == 128'989'632);
 }
 
 TEST_CASE("the model computes embedding, blocks, norm and head", "[model]") {
   const torch::NoGradGuard no_grad;
   const bool rms_norm = GENERATE(true, false);
+  const MambaLMConfig config = GENERATE(small_config(), small_mamba2_config());
   at::manual_seed(0);
   MambaLMHeadModel model(
-      small_config().rms_norm(rms_norm).dtype(at::kDouble).tie_embeddings(rms_norm));
+      MambaLMConfig(config).rms_norm(rms_norm).dtype(at::kDouble).tie_embeddings(rms_norm));
   const Tensor tokens = random_tokens(2, 6);
   const Tensor logits = model->forward(tokens);
   CHECK(logits.sizes() == at::IntArrayRef({2, 6, 64}));
@@ -104,7 +122,8 @@ TEST_CASE("the model computes embedding, blocks, norm and head", "[model]") {
       parameters["backbone.embedding.weight"].index_select(0, tokens.flatten()).view({2, 6, 16});
   for (size_t i = 0; i < 2; ++i) {
     auto& block = model->backbone->layers->at<mamba_ssm::BlockImpl>(i);
-    x = x + block.mixer->forward(normed(x, "backbone.layers." + std::to_string(i) + ".norm"));
+    const Tensor y = normed(x, "backbone.layers." + std::to_string(i) + ".norm");
+    x = x + std::visit([&](auto& mixer) { return mixer->forward(y); }, block.mixer);
   }
   const Tensor head = parameters[rms_norm ? "backbone.embedding.weight" : "lm_head.weight"];
   check_close(logits, at::matmul(normed(x, "backbone.norm_f"), head.t()), 1e-9, 1e-12);
@@ -134,7 +153,7 @@ TEST_CASE("a 16-bit model keeps its residual stream in float32", "[model]") {
 TEST_CASE("prefill and steps give the logits of one pass", "[model]") {
   const torch::NoGradGuard no_grad;
   at::manual_seed(0);
-  MambaLMHeadModel model(small_config());
+  MambaLMHeadModel model(GENERATE(small_config(), small_mamba2_config()));
   const Tensor tokens = random_tokens(3, 10);
   const Tensor expected = model->forward(tokens);
 
@@ -154,7 +173,7 @@ TEST_CASE("prefill and steps give the logits of one pass", "[model]") {
 
 TEST_CASE("the model trains", "[model]") {
   at::manual_seed(0);
-  MambaLMHeadModel model(small_config());
+  MambaLMHeadModel model(GENERATE(small_config(), small_mamba2_config()));
   const Tensor tokens = random_tokens(2, 8);
   at::cross_entropy_loss(model->forward(tokens).flatten(0, 1), tokens.flatten()).backward();
   for (const auto& item : model->named_parameters()) {
@@ -166,7 +185,7 @@ TEST_CASE("the model trains", "[model]") {
 
 TEST_CASE("a cloned model is independent", "[model]") {
   const torch::NoGradGuard no_grad;
-  MambaLMHeadModel model(small_config());
+  MambaLMHeadModel model(GENERATE(small_config(), small_mamba2_config()));
   const auto copy = std::dynamic_pointer_cast<MambaLMHeadModelImpl>(model->clone());
   REQUIRE(copy != nullptr);
   const Tensor tokens = random_tokens(1, 4);
@@ -179,8 +198,11 @@ TEST_CASE("a saved model loads again", "[model]") {
   const torch::NoGradGuard no_grad;
   const TemporaryFolder folder;
   const bool tied = GENERATE(true, false);
-  MambaLMHeadModel model(small_config().tie_embeddings(tied).residual_in_fp32(false).ssm_cfg(
-      MambaOptions(0).d_state(4).dt_rank(3).expand(1.5)));
+  const auto options = GENERATE(
+      mamba_ssm::MixerOptions(MambaOptions(0).d_state(4).dt_rank(3).expand(1.5)),
+      mamba_ssm::MixerOptions(Mamba2Options(0).d_state(4).headdim(8).dt_limit({0.01, 0.5})));
+  MambaLMHeadModel model(
+      small_config().tie_embeddings(tied).residual_in_fp32(false).ssm_cfg(options));
   model->save_pretrained(folder / "checkpoint");
   MambaLMHeadModel loaded = MambaLMHeadModelImpl::from_pretrained(folder / "checkpoint");
   const Tensor tokens = random_tokens(2, 5);
@@ -190,8 +212,9 @@ TEST_CASE("a saved model loads again", "[model]") {
   MambaLMHeadModel half =
       MambaLMHeadModelImpl::from_pretrained(folder / "checkpoint", at::kBFloat16);
   CHECK(half->backbone->embedding->weight.scalar_type() == at::kBFloat16);
-  CHECK(half->backbone->layers->at<mamba_ssm::BlockImpl>(0).mixer->A_log.scalar_type() ==
-        at::kFloat);
+  const auto& mixer = half->backbone->layers->at<mamba_ssm::BlockImpl>(0).mixer;
+  const Tensor D = std::visit([](const auto& module) { return module->D; }, mixer);
+  CHECK(D.scalar_type() == at::kFloat);
 }
 
 TEST_CASE("a tied matrix may have either name, or both if they agree", "[model]") {
@@ -262,21 +285,42 @@ TEST_CASE("config.json: defaults, all keys, and what is refused", "[model]") {
   CHECK(defaults.d_model() == 8);
   CHECK((defaults.rms_norm() && defaults.residual_in_fp32() && defaults.tie_embeddings()));
   CHECK(defaults.padded_vocab_size() == 16);
-  CHECK(defaults.ssm_cfg().d_state() == 16);
+  CHECK(std::get<MambaOptions>(defaults.ssm_cfg()).d_state() == 16);
 
   const MambaLMConfig config = parse(with(
       R"("d_intermediate": 0, "ssm_cfg": {"layer": "Mamba1", "d_state": 5, "expand": 3,
          "dt_rank": 7, "conv_bias": false, "use_fast_path": true}, "attn_layer_idx": [],
          "attn_cfg": {}, "rms_norm": false, "fused_add_norm": false,
          "pad_vocab_size_multiple": 4)"));
-  CHECK(config.ssm_cfg().d_state() == 5);
-  CHECK(config.ssm_cfg().expand() == 3);
-  CHECK(config.ssm_cfg().dt_rank() == std::optional<int64_t>(7));
-  CHECK_FALSE(config.ssm_cfg().conv_bias());
+  const auto& options = std::get<MambaOptions>(config.ssm_cfg());
+  CHECK(options.d_state() == 5);
+  CHECK(options.expand() == 3);
+  CHECK(options.dt_rank() == std::optional<int64_t>(7));
+  CHECK_FALSE(options.conv_bias());
   CHECK_FALSE(config.rms_norm());
   CHECK(config.padded_vocab_size() == 12);
-  CHECK_FALSE(parse(with(R"("ssm_cfg": {"dt_rank": "auto"})")).ssm_cfg().dt_rank());
+  CHECK_FALSE(
+      std::get<MambaOptions>(parse(with(R"("ssm_cfg": {"dt_rank": "auto"})")).ssm_cfg()).dt_rank());
   CHECK(parse(config.to_json()).to_json() == config.to_json());
+
+  const MambaLMConfig config2 = parse(with(
+      R"("ssm_cfg": {"layer": "Mamba2", "d_state": 5, "headdim": 2, "d_ssm": 8, "ngroups": 2,
+         "conv_init": 0.5, "A_init_range": [2, 3], "D_has_hdim": true, "rmsnorm": false,
+         "norm_before_gate": true, "dt_limit": [0.5, null], "chunk_size": 64,
+         "use_mem_eff_path": false})"));
+  const auto& options2 = std::get<Mamba2Options>(config2.ssm_cfg());
+  CHECK(options2.d_state() == 5);
+  CHECK(options2.headdim() == 2);
+  CHECK(options2.d_ssm() == std::optional<int64_t>(8));
+  CHECK(options2.ngroups() == 2);
+  CHECK(options2.conv_init() == std::optional<double>(0.5));
+  CHECK(options2.A_init_range() == Mamba2Options::Range(2, 3));
+  CHECK((options2.D_has_hdim() && options2.norm_before_gate() && !options2.rmsnorm()));
+  CHECK(options2.dt_limit().first == 0.5);
+  CHECK(std::isinf(options2.dt_limit().second));
+  CHECK(parse(config2.to_json()).to_json() == config2.to_json());
+  const auto plain = parse(with(R"("ssm_cfg": {"layer": "Mamba2", "d_ssm": null})"));
+  CHECK_FALSE(std::get<Mamba2Options>(plain.ssm_cfg()).d_ssm());
 
   const std::vector<std::pair<std::string, std::string>> refused = {
       {"", "not valid JSON"},
@@ -295,7 +339,11 @@ TEST_CASE("config.json: defaults, all keys, and what is refused", "[model]") {
       {with(R"("d_intermediate": 32)"), "MLP layers are not supported"},
       {with(R"("attn_layer_idx": [0])"), "attention layers are not supported"},
       {with(R"("ssm_cfg": 1)"), "ssm_cfg: must be a JSON object"},
-      {with(R"("ssm_cfg": {"layer": "Mamba2"})"), "layer must be \"Mamba1\""},
+      {with(R"("ssm_cfg": {"layer": "Mamba3"})"), "layer must be \"Mamba1\" or \"Mamba2\""},
+      {with(R"("ssm_cfg": {"layer": "Mamba2", "dt_rank": 4})"), "unknown key \"dt_rank\""},
+      {with(R"("ssm_cfg": {"layer": "Mamba2", "headdim": null})"), "headdim must be an integer"},
+      {with(R"("ssm_cfg": {"layer": "Mamba2", "dt_limit": [null, 1]})"), "must be [low, high]"},
+      {with(R"("ssm_cfg": {"layer": "Mamba2", "dt_limit": 1})"), "must be [low, high]"},
       {with(R"("ssm_cfg": {"headdim": 64})"), "ssm_cfg: unknown key \"headdim\""},
       {with(R"("ssm_cfg": {"dt_rank": "all"})"), "dt_rank must be an integer"},
       {with(R"("ssm_cfg": {"expand": "2"})"), "expand must be a number"},
@@ -319,7 +367,11 @@ TEST_CASE("a config far larger than its weights asks for no memory", "[model]") 
         R"("d_model": 16, "n_layer": 2, "vocab_size": 59, "ssm_cfg": {"d_state": 2147483647})",
         R"("d_model": 16, "n_layer": 2, "vocab_size": 59, "ssm_cfg": {"d_conv": 2147483647})",
         R"("d_model": 16, "n_layer": 2, "vocab_size": 59, "ssm_cfg": {"dt_rank": 2147483647})",
-        R"("d_model": 16, "n_layer": 2, "vocab_size": 59, "ssm_cfg": {"expand": 1e30})"}) {
+        R"("d_model": 16, "n_layer": 2, "vocab_size": 59, "ssm_cfg": {"expand": 1e30})",
+        R"("d_model": 16, "n_layer": 2, "vocab_size": 59,
+           "ssm_cfg": {"layer": "Mamba2", "d_state": 2147483647})",
+        R"("d_model": 16, "n_layer": 2, "vocab_size": 59,
+           "ssm_cfg": {"layer": "Mamba2", "expand": 1e30})"}) {
     write(folder / "config.json", std::string("{") + members + "}");
     CHECK_THROWS_WITH(MambaLMHeadModelImpl::from_pretrained(folder.path()),
                       ContainsSubstring("describes a model of"));

@@ -1,9 +1,10 @@
-// A language model of Mamba blocks: the twin of MambaLMHeadModel in Python, with the same
-// config.json and the same names of parameters.
+// A language model of Mamba or Mamba-2 blocks: the twin of MambaLMHeadModel in Python, with the
+// same config.json and the same names of parameters.
 #pragma once
 
 #include <mamba_ssm/export.h>
 #include <mamba_ssm/nn/mamba.h>
+#include <mamba_ssm/nn/mamba2.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/embedding.h>
 
@@ -11,15 +12,20 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 namespace mamba_ssm {
+
+/// Options of the mixer of a block, which is of the kind that they are for. In config.json the kind
+/// is ssm_cfg.layer, "Mamba1" or "Mamba2".
+using MixerOptions = std::variant<MambaOptions, Mamba2Options>;
 
 /// Options of the language model; the defaults are those of config.json.
 struct MAMBA_SSM_API MambaLMConfig {
   /// Reads config.json. Raises std::runtime_error, naming the key, for a missing d_model, n_layer
   /// or vocab_size, for an unknown key, a value of the wrong type or out of range, and for what
-  /// this model does not have: attention layers, MLPs, layers other than "Mamba1".
+  /// this model does not have: attention layers, MLPs, layers other than "Mamba1" and "Mamba2".
   static MambaLMConfig from_file(const std::filesystem::path& path);
 
   /// The text of config.json, readable by Python's MambaConfig too.
@@ -32,8 +38,9 @@ struct MAMBA_SSM_API MambaLMConfig {
   /// Number of tokens; the embedding has this many rows, rounded up to pad_vocab_size_multiple.
   TORCH_ARG(int64_t, vocab_size) = 50277;
   TORCH_ARG(int64_t, pad_vocab_size_multiple) = 8;
-  /// Options of every Mamba block. Its d_model, dtype and device are taken from here instead.
-  TORCH_ARG(MambaOptions, ssm_cfg) = MambaOptions(0);
+  /// Options of the mixer of every block. Its d_model, dtype and device are taken from here
+  /// instead.
+  TORCH_ARG(MixerOptions, ssm_cfg) = MambaOptions(0);
   /// RMS norm instead of layer norm.
   TORCH_ARG(bool, rms_norm) = true;
   /// Added to the variance in every norm; not part of config.json.
@@ -44,7 +51,8 @@ struct MAMBA_SSM_API MambaLMConfig {
   TORCH_ARG(bool, fused_add_norm) = true;
   /// The head multiplies by the embedding instead of a matrix of its own.
   TORCH_ARG(bool, tie_embeddings) = true;
-  /// Type of the parameters (A_log and D: see MambaImpl); absent: torch's default dtype.
+  /// Type of the parameters (A_log and D: see MambaImpl, Mamba2Impl); absent: torch's default
+  /// dtype.
   TORCH_ARG(std::optional<at::ScalarType>, dtype) = std::nullopt;
   /// Device of the parameters; absent: the CPU.
   TORCH_ARG(std::optional<at::Device>, device) = std::nullopt;
@@ -91,7 +99,7 @@ class MAMBA_SSM_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   MambaLMConfig config;
 
   Norm norm{nullptr};
-  Mamba mixer{nullptr};
+  std::variant<Mamba, Mamba2> mixer{Mamba(nullptr)};
 };
 TORCH_MODULE(Block);
 

@@ -37,3 +37,18 @@ def sequences_at_chunk_ends(seq_idx, chunk_size):
     seqlen = sequence.shape[1]
     ends = torch.arange(chunk_size - 1, seqlen + chunk_size - 1, chunk_size, device=seq_idx.device)
     return torch.cat([sequence[:, :1], sequence[:, ends.clamp(max=seqlen - 1)]], dim=1)
+
+
+def sequence_ids(cu_seqlens, seqlen, seq_idx=None):
+    """seq_idx of the sequences that cu_seqlens (num_sequences + 1,) describes: (1, seqlen), int64.
+
+    With seq_idx (1, seqlen) its ids divide them further, and its padding stays padding. Nothing is
+    read from the device.
+    """
+    token = torch.arange(seqlen, device=cu_seqlens.device)
+    number = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)[None]
+    if seq_idx is None or seqlen == 0:
+        return number
+    # Ids below `span` in every sequence, moved apart from sequence to sequence.
+    span = seq_idx.amax().to(token.dtype) + 1
+    return torch.where(seq_idx < 0, -1, number * span + seq_idx)

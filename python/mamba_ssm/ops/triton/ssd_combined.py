@@ -1,10 +1,11 @@
-"""SSD chunk scan, the recurrence of Mamba-2 (arXiv 2405.21060)."""
+"""SSD chunk scan, the recurrence of Mamba-2, and the fused body of its block (arXiv 2405.21060)."""
 
 import torch
 import torch.nn.functional as F
 
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-from mamba_ssm.ops.triton._chunks import chunked, compute_dtype
+from mamba_ssm.ops.triton._chunks import chunked, compute_dtype, sequence_ids
+from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref
 from mamba_ssm.ops.triton.ssd_chunk_scan import chunk_scan
 from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
 from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_fwd
@@ -158,14 +159,8 @@ def _mamba_chunk_scan_combined_fwd(
         )
 
     if cu_seqlens is not None:
-        token = torch.arange(x.shape[1], device=x.device)
-        number = torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)[None]
-        # Numbers of sequences stand for ids: each starts anew, whatever seq_idx says before it.
-        if seq_idx is None:
-            seq_idx = number
-        else:
-            span = seq_idx.amax() + 1
-            seq_idx = torch.where(seq_idx < 0, seq_idx, number * span + seq_idx)
+        # Each sequence starts anew, whatever seq_idx says before it.
+        seq_idx = sequence_ids(cu_seqlens, x.shape[1], seq_idx)
     c, d = _chunk_cumsum_fwd(dt, A, chunk_size, dt_bias, **options)
     if seq_idx is not None:
         d = torch.where(chunked(seq_idx, chunk_size)[:, None] >= 0, d, 0)
@@ -299,3 +294,211 @@ def ssd_selective_scan(
         dt_softplus,
     )
     return out.mT.unflatten(2, (nheads, headdim))
+
+
+def ensure_stride(inp):
+    """inp itself: the operations take any strides."""
+    return inp
+
+
+def _silu(activation):
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f'activation must be None, "silu" or "swish", got {activation!r}')
+    return activation is not None
+
+
+def _headdim(D, headdim):
+    if D.dim() == 2:
+        return D.shape[1]
+    if headdim is None:
+        raise ValueError("headdim is needed where D is (nheads,)")
+    return headdim
+
+
+def mamba_conv1d_scan_ref(
+    xBC,
+    conv1d_weight,
+    conv1d_bias,
+    dt,
+    A,
+    chunk_size,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    activation="silu",
+    headdim=None,
+    ngroups=1,
+):
+    """The convolution and the scan of a Mamba-2 block, composed of ssd_selective_scan.
+
+    Arguments:
+        xBC: (batch, seqlen, dim + 2 * ngroups * dstate), with dim = nheads * headdim.
+        conv1d_weight: (dim + 2 * ngroups * dstate, width); conv1d_bias: one for each row, or None.
+        dt: (batch, seqlen, nheads) or (batch, seqlen, nheads, headdim); A: (nheads,).
+        D: (nheads,), (nheads, headdim) or None; headdim may be None where D or dt has it.
+        z: (batch, seqlen, dim) or None.
+        activation: None, "silu" or "swish".
+
+    Returns (batch, seqlen, dim).
+    """
+    nheads = A.shape[0]
+    if headdim is None and dt.dim() == 4:
+        headdim = dt.shape[3]
+    if headdim is None or (D is not None and D.dim() == 2):
+        if D is None:
+            raise ValueError("headdim is needed where neither D nor dt has it")
+        headdim = _headdim(D, headdim)
+    dim = nheads * headdim
+    xBC, _ = ops.causal_conv1d(xBC.mT, conv1d_weight, conv1d_bias, silu=_silu(activation))
+    matrix = (xBC.shape[1] - dim) // 2
+    x, B, C = xBC.mT.split([dim, matrix, matrix], dim=-1)
+    out = ssd_selective_scan(
+        x.unflatten(2, (nheads, headdim)),
+        dt.to(x.dtype),
+        A,
+        B.unflatten(2, (ngroups, -1)),
+        C.unflatten(2, (ngroups, -1)),
+        D,
+        None if z is None else z.unflatten(2, (nheads, headdim)),
+        dt_bias,
+        dt_softplus,
+        dt_limit,
+    )
+    return out.flatten(2)
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt,
+    conv1d_weight,
+    conv1d_bias,
+    dt_bias,
+    A,
+    D,
+    chunk_size,
+    initial_states=None,
+    seq_idx=None,
+    dt_limit=(0.0, float("inf")),
+    return_final_states=False,
+    activation="silu",
+    rmsnorm_weight=None,
+    rmsnorm_eps=1e-6,
+    outproj_weight=None,
+    outproj_bias=None,
+    headdim=None,
+    ngroups=1,
+    norm_before_gate=True,
+    state_dtype=None,
+    *,
+    cu_seqlens=None,
+):
+    """Everything between in_proj and the end of a Mamba-2 block (arXiv 2405.21060, section 7).
+
+    Splits zxbcdt into z0, x0, z, xBC and dt, convolves xBC, splits it into x, B and C, scans, gates
+    with z, puts silu(z0) * x0 in front, and projects out. One autograd node.
+
+    Arguments, with dim = nheads * headdim:
+        zxbcdt: (batch, seqlen, 2 * d_nonssm + 2 * dim + 2 * ngroups * dstate + nheads), where
+            d_nonssm is what is left over.
+        conv1d_weight: (dim + 2 * ngroups * dstate, width); conv1d_bias: one for each row, or None.
+        dt_bias, A: (nheads,); dt goes through softplus and is clamped to dt_limit.
+        D: (nheads, headdim), or (nheads,) with headdim.
+        chunk_size: at least 1; has no influence on the result, nor has state_dtype.
+        initial_states, seq_idx, cu_seqlens: as in mamba_chunk_scan_combined. Packed sequences are
+            apart in the convolution too, which starts from 0.
+        activation: of the convolution, None, "silu" or "swish".
+        rmsnorm_weight: (dim,) normalizes y over groups of dim / ngroups channels, before its gate
+            with norm_before_gate, else after; without it y is only gated.
+        outproj_weight: (d_model, d_nonssm + dim); outproj_bias: (d_model,) or None.
+
+    Returns out (batch, seqlen, d_model), without outproj_weight (batch, seqlen, d_nonssm + dim), or
+    (out, final_states) when return_final_states, as mamba_chunk_scan_combined. Under autocast the
+    projection runs in the autocast dtype. Raises RuntimeError, naming the argument, on wrong
+    arguments, and ValueError for a wrong chunk_size or activation, or without a headdim.
+    """
+    _check_chunk_size(chunk_size)
+    out, states = ops.mamba2_inner(
+        zxbcdt,
+        conv1d_weight,
+        conv1d_bias,
+        A,
+        _headdim(D, headdim),
+        ngroups,
+        D,
+        dt_bias,
+        rmsnorm_weight,
+        outproj_weight,
+        outproj_bias,
+        initial_states,
+        seq_idx,
+        cu_seqlens,
+        silu=_silu(activation),
+        norm_eps=1e-6 if rmsnorm_eps is None else rmsnorm_eps,
+        norm_before_gate=bool(norm_before_gate),
+        dt_min=float(dt_limit[0]),
+        dt_max=float(dt_limit[1]),
+    )
+    if not return_final_states:
+        return out
+    return out, states if cu_seqlens is None else _state_of_row(states, cu_seqlens)
+
+
+class MambaSplitConv1dScanCombinedFn:
+    """Former autograd function of the block; the op now carries its own derivative."""
+
+    apply = staticmethod(mamba_split_conv1d_scan_combined)
+
+
+def mamba_split_conv1d_scan_ref(
+    zxbcdt,
+    conv1d_weight,
+    conv1d_bias,
+    dt_bias,
+    A,
+    D,
+    chunk_size,
+    dt_limit=(0.0, float("inf")),
+    activation="silu",
+    rmsnorm_weight=None,
+    rmsnorm_eps=1e-6,
+    outproj_weight=None,
+    outproj_bias=None,
+    headdim=None,
+    ngroups=1,
+    norm_before_gate=True,
+):
+    """mamba_split_conv1d_scan_combined composed of its parts, without states and packed rows."""
+    nheads, headdim = A.shape[0], _headdim(D, headdim)
+    dim, channels = nheads * headdim, conv1d_weight.shape[0]
+    d_nonssm = (zxbcdt.shape[-1] - dim - channels - nheads) // 2
+    z0, x0, z, xBC, dt = zxbcdt.split([d_nonssm, d_nonssm, dim, channels, nheads], dim=-1)
+    y = mamba_conv1d_scan_ref(
+        xBC,
+        conv1d_weight,
+        conv1d_bias,
+        dt,
+        A,
+        chunk_size,
+        D,
+        None if rmsnorm_weight is not None else z,
+        dt_bias,
+        True,
+        dt_limit,
+        activation,
+        headdim,
+        ngroups,
+    )
+    if rmsnorm_weight is not None:
+        y = rms_norm_ref(
+            y,
+            rmsnorm_weight,
+            None,
+            z,
+            1e-6 if rmsnorm_eps is None else rmsnorm_eps,
+            dim // ngroups,
+            norm_before_gate,
+        )
+    if d_nonssm > 0:
+        y = torch.cat([F.silu(z0) * x0, y], dim=-1)
+    return y if outproj_weight is None else F.linear(y, outproj_weight, outproj_bias)

@@ -1,0 +1,34 @@
+// What the modules share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/linear.h>
+#include <c10/core/GradMode.h>
+#include <torch/nn/modules/linear.h>
+
+#include <optional>
+
+namespace mamba_ssm {
+
+inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
+  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+/// layer(x) as Python computes it: torch's C++ layer rounds the product before it adds the bias.
+inline at::Tensor project(const torch::nn::Linear& layer, const at::Tensor& x) {
+  return at::linear(x, layer->weight, if_defined(layer->bias));
+}
+
+/// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.
+inline at::Tensor to_accumulate_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
+}
+
+/// The contents of a cache as an input of an op. Autograd may keep that input while the cache is
+/// overwritten, so it gets a copy of its own then.
+inline at::Tensor read_cache(const at::Tensor& cache, at::ScalarType dtype) {
+  const at::Tensor values = cache.detach().to(dtype);
+  return c10::GradMode::is_enabled() && values.is_alias_of(cache) ? values.clone() : values;
+}
+
+}  // namespace mamba_ssm
