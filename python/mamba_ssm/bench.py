@@ -4,6 +4,7 @@ On a GPU, rows have the recorded times of the package that this one replaces bes
 them only on the GPU that the record names. On a CPU, the others run in the same process.
 """
 
+import copy
 import itertools
 import json
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mamba_ssm import Mamba, Mamba2
 from mamba_ssm.bench_workload import (
     parallel_scan,
     scan_inputs,
@@ -368,6 +370,27 @@ def norm(report):
         report.gpu_row(name, ms, 2 * moved(x, residual), error)
 
 
+def block(report):
+    sizes = [(Mamba, 768, 8, 2048), (Mamba, 2560, 4, 2048)]
+    sizes += [(Mamba2, 768, 8, 2048), (Mamba2, 2560, 4, 2048), (Mamba2, 2560, 1, 32768)]
+    for kind, d_model, batch, seqlen in sizes:
+        module = kind(d_model, device="cuda", dtype=torch.bfloat16)
+        exact_module = copy.deepcopy(module).double()
+        x = torch.randn(batch, seqlen, d_model, device="cuda", dtype=torch.bfloat16)
+        name = f"block/{kind.__name__}/d{d_model}B{batch}L{seqlen}"
+        part = x[:1, :CHECKED_SEQLEN]
+        with torch.no_grad():
+            ms = gpu_ms(lambda: module(x))
+            error = relative_error(module(part), exact_module(part.double()))
+        report.gpu_row(f"{name}/fwd_nograd", ms, error=error)
+
+        leaves = [x.requires_grad_(), *module.parameters()]
+        out = module(x)
+        dout = torch.randn_like(out)
+        ms = gpu_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+        report.gpu_row(f"{name}/bwd", ms)
+
+
 def cpu_ms(call, budget_s=2.0):
     """Shortest time of call(): other work on the machine only ever adds."""
     call()
@@ -478,5 +501,6 @@ GROUPS = {
     "ssd": ssd,
     "decode": decode,
     "norm": norm,
+    "block": block,
     "cpu": cpu,
 }
