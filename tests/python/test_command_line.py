@@ -33,7 +33,8 @@ def test_doctor_tests_every_op():
 @pytest.mark.parametrize("layer", ["Mamba", "Mamba2"])
 def test_demo(layer, tmp_path, capsys):
     """A few steps: it learns from a text, keeps a checkpoint and generates from it."""
-    arguments = ["--layer", layer, "--text", str(ROOT / "tests" / "harness" / "cases.py"), "--out", str(tmp_path)]
+    text = ROOT / "tests" / "harness" / "cases.py"
+    arguments = ["--layer", layer, "--text", str(text), "--out", str(tmp_path)]
     assert main(["demo", *arguments, "--minutes", "0.05", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert "7968" in output and "6468320" in output
@@ -51,12 +52,14 @@ def test_help(command, capsys):
 
 def test_plain_versions_compute_the_same():
     """What the benchmark is compared with computes what the library does."""
-    inputs = [t.double() for t in bench_workload.ssd_inputs(2, 64, 6, 8, 2, 5, "cpu", torch.float64)]
+    inputs = bench_workload.ssd_inputs(2, 64, 6, 8, 2, 5, "cpu", torch.float64)
+    inputs = [t.double() for t in inputs]
     x, dt, A, B, C, D = inputs
     exact = mamba_chunk_scan_combined(x, dt, A, B, C, 64, D=D)
     for chunk_size in (16, 32):
         plain = bench_workload.ssd_dense_chunks(*inputs, chunk_size=chunk_size)
         torch.testing.assert_close(plain, exact)
-    inputs = [t.double() for t in bench_workload.scan_inputs(2, 6, 20, 3, "cpu", torch.float64)]
+    inputs = bench_workload.scan_inputs(2, 6, 20, 3, "cpu", torch.float64)
+    inputs = [t.double() for t in inputs]
     exact = selective_scan_fn(*inputs, delta_softplus=True)
     torch.testing.assert_close(bench_workload.time_loop(*inputs), exact)
