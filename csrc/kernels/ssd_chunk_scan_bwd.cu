@@ -9,8 +9,9 @@
 //   dh_before = exp(c_last) dh + sum_i exp(c_i) dy_i C_i^T
 //
 // The log decay of token t lies between every pair j < t <= i, and its gradient is the sum of what
-// passes through it: pairs of tokens, tokens i and h, tokens j and dh, h and dh. Each is summed as
-// it stands, so that nothing large has to cancel.
+// passes through it: pairs of tokens, tokens i and h, tokens j and dh, h and dh. The pairs are the
+// sum over tokens >= t of row sums less column sums, where pairs on one side of t cancel: both are
+// sums of the same unrounded numbers. The others are summed as they stand.
 //
 // Both paths (ssd_chunk_scan_bwd_mma.cuh, ssd_chunk_scan_bwd_plain.cuh) run
 //   step_chunks      steps and decays of all chunks
@@ -19,6 +20,7 @@
 //   step_gradients   from these sums to ddt; dA and ddt_bias per chunk
 //   sum_parameters   dA, ddt_bias and dD over all chunks; sum_matrices: dB and dC over subsets
 // With z, y is computed once more and gate_gradients makes dy and dz beforehand.
+#pragma nv_diag_suppress 177  // float32 and float64 have no use for the tensor-core path
 #include "launch.cuh"
 #include "ssd_chunk_scan_bwd_mma.cuh"
 #include "ssd_chunk_scan_bwd_plain.cuh"
@@ -30,49 +32,62 @@ namespace {
 
 constexpr int kElementThreads = 256;
 
-/// dy = dout silu(z) and dz = dout y silu'(z). y and dy are dense.
-template <class T>
-__global__ void __launch_bounds__(kElementThreads)
-    gate_gradients(const SsdChunkScanParams p, const T* y, const View<4> dy) {
-  using Acc = Accumulate<T>;
-  const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
-  if (i >= p.batch * p.seqlen * p.nheads * p.headdim) return;
-  const int64_t channel = i % p.headdim;
-  const int64_t head = i / p.headdim % p.nheads;
-  const int64_t t = i / p.headdim / p.nheads % p.seqlen;
-  const int64_t b = i / p.headdim / p.nheads / p.seqlen;
-  const auto at = [&](const View<4>& v) -> T& {
-    return static_cast<T*>(
-        v.data)[b * v.stride[0] + t * v.stride[1] + head * v.stride[2] + channel * v.stride[3]];
-  };
-  const Acc gradient = to_accumulate(at(p.dout));
-  const Acc z = to_accumulate(at(p.z));
-  at(dy) = from_accumulate<T>(gradient * silu(z));
-  if (given(p.dz)) {
-    const bool padding = p.marks != nullptr && p.marks[b * p.seqlen + t] == kPadding;
-    at(p.dz) =
-        from_accumulate<T>(padding ? Acc(0) : gradient * to_accumulate(y[i]) * silu_gradient(z));
+/// Calls f(head, column) for a thread's share of a token's row (heads, width).
+template <class F>
+__device__ __forceinline__ void for_row(int64_t heads, int64_t width, F f) {
+  int64_t head = threadIdx.x / width;
+  int64_t column = threadIdx.x % width;
+  const int64_t heads_ahead = kElementThreads / width;
+  const int64_t columns_ahead = kElementThreads % width;
+  while (head < heads) {
+    f(head, column);
+    head += heads_ahead;
+    column += columns_ahead;
+    if (column >= width) {
+      column -= width;
+      ++head;
+    }
   }
 }
 
-/// Copies (batch, seqlen, heads, columns) into rows that tiles can be copied from, `target`, and
-/// fills these up with zeros.
+/// dy = dout silu(z) and dz = dout y silu'(z). y is dense. A block per token.
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)
-    copy_rows(const View<4> source, const View<4> target, int64_t batch, int64_t seqlen,
-              int64_t heads, int64_t columns) {
-  const int64_t width = target.stride[2];
-  const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
-  if (i >= batch * seqlen * heads * width) return;
-  const int64_t column = i % width;
-  const int64_t head = i / width % heads;
-  const int64_t t = i / width / heads % seqlen;
-  const int64_t b = i / width / heads / seqlen;
-  static_cast<T*>(target.data)[i] =
-      column < columns
-          ? static_cast<const T*>(source.data)[b * source.stride[0] + t * source.stride[1] +
-                                               head * source.stride[2] + column * source.stride[3]]
-          : T(0.0f);
+    gate_gradients(const SsdChunkScanParams p, const View<4> y, const View<4> dy) {
+  using Acc = Accumulate<T>;
+  const int64_t b = blockIdx.x / p.seqlen;
+  const int64_t t = blockIdx.x % p.seqlen;
+  const bool padding = p.marks != nullptr && p.marks[b * p.seqlen + t] == kPadding;
+  for_row(p.nheads, p.headdim, [&](int64_t head, int64_t channel) {
+    const auto at = [&](const View<4>& v) -> T& {
+      return static_cast<T*>(
+          v.data)[b * v.stride[0] + t * v.stride[1] + head * v.stride[2] + channel * v.stride[3]];
+    };
+    const Acc gradient = to_accumulate(at(p.dout));
+    const Acc z = to_accumulate(at(p.z));
+    at(dy) = from_accumulate<T>(gradient * silu(z));
+    if (given(p.dz)) {
+      at(p.dz) =
+          from_accumulate<T>(padding ? Acc(0) : gradient * to_accumulate(at(y)) * silu_gradient(z));
+    }
+  });
+}
+
+/// Copies (batch, seqlen, heads, columns) into rows that tiles can be copied from, `target`, and
+/// fills these up with zeros. A block per token.
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    copy_rows(const View<4> source, const View<4> target, int64_t seqlen, int64_t heads,
+              int64_t columns) {
+  const int64_t b = blockIdx.x / seqlen;
+  const int64_t t = blockIdx.x % seqlen;
+  for_row(heads, target.stride[2], [&](int64_t head, int64_t column) {
+    const auto at = [&](const View<4>& v) -> T& {
+      return static_cast<T*>(
+          v.data)[b * v.stride[0] + t * v.stride[1] + head * v.stride[2] + column * v.stride[3]];
+    };
+    at(target) = column < columns ? at(source) : T(0.0f);
+  });
 }
 
 // ---- Steps -------------------------------------------------------------------------------------
@@ -475,10 +490,10 @@ struct MmaBackward {
 
   void launch(const SsdChunkScanParams& call, cudaStream_t stream) const {
     const auto copy = [&](const View<4>& from, const View<4>& to, int64_t heads, int64_t columns) {
-      const int64_t elements = call.batch * call.seqlen * heads * to.stride[2];
-      if (from.data == to.data || elements == 0) return to;
-      copy_rows<T><<<static_cast<unsigned>(ceil_div(elements, kElementThreads)), kElementThreads, 0,
-                     stream>>>(from, to, call.batch, call.seqlen, heads, columns);
+      const int64_t tokens = call.batch * call.seqlen;
+      if (from.data == to.data || tokens == 0) return to;
+      copy_rows<T><<<static_cast<unsigned>(tokens), kElementThreads, 0, stream>>>(
+          from, to, call.seqlen, heads, columns);
       return to;
     };
     SsdChunkScanParams p = call;
@@ -544,14 +559,14 @@ struct GatedBackward {
   }
 
   CudaStatus launch(const SsdChunkScanParams& p, cudaStream_t stream) const {
-    const int64_t elements = p.batch * p.seqlen * p.nheads * p.headdim;
-    if (!given(p.z) || elements == 0) return cudaSuccess;
+    const int64_t tokens = p.batch * p.seqlen;
+    if (!given(p.z) || tokens * p.nheads * p.headdim == 0) return cudaSuccess;
     if (needs_y) {
       const CudaStatus status = launch_ssd_chunk_scan_fwd<T>(forward, forward_workspace, stream);
       if (status != cudaSuccess) return status;
     }
-    gate_gradients<T><<<static_cast<unsigned>(ceil_div(elements, kElementThreads)), kElementThreads,
-                        0, stream>>>(p, static_cast<const T*>(forward.out.data), backward.dout);
+    gate_gradients<T><<<static_cast<unsigned>(tokens), kElementThreads, 0, stream>>>(p, forward.out,
+                                                                                     backward.dout);
     return cudaGetLastError();
   }
 };

@@ -5,6 +5,21 @@
 // from one sequence; a token that resets the state starts a chunk, so that what was before it takes
 // no part in any arithmetic. What a chunk reads is converted to dense matrices first: tokens by
 // headdim (x, z, dout), tokens by dstate (B, C). A state is held as (dstate, headdim).
+//
+// Backward of a chunk, with u = d x, G_ij = exp(c_i - c_j) for j <= i (else 0), h the state before
+// and dh' the gradient of the one after the chunk, e its last token, and dy = dout silu(z):
+//
+//   P_ij = dy_i . u_j                                          gradient of G_ij (C_i . B_j)
+//   du_j = sum_i G_ij (C_i . B_j) dy_i + exp(c_e - c_j) dh' B_j
+//   dC_i = sum_j G_ij P_ij B_j + exp(c_i) h^T dy_i
+//   dB_j = sum_i G_ij P_ij C_i + exp(c_e - c_j) dh'^T u_j
+//   dh   = exp(c_e) dh' + sum_i exp(c_i) dy_i C_i^T
+//
+// summed over the heads of a group for dB and dC: their first terms need G P alone, summed first.
+// d_s A stands in every exponent that passes token s, hence its gradient is the sum of
+// G_ij P_ij (C_i . B_j) over j < s <= i, of the second terms of C_i . dC_i over i >= s and of
+// B_j . dB_j over j < s, and of exp(c_e) h . dh'. No large terms cancel in it.
+
 #include "ssd_chunk_scan_cpu.h"
 
 #include <new>
@@ -535,7 +550,7 @@ struct Scan {
     constexpr double kLeastExponent = -1000;
     const double A = load_as<double>(p.A.data, p.A.dtype, head * p.A.stride[0]);
     const S dt_min = static_cast<S>(p.dt_min), dt_max = static_cast<S>(p.dt_max);
-    double c = 0;
+    double c = 0, lost = 0;  // lost: what the additions rounded away (Dekker's sum)
     for (int i = 0; i < padded; ++i) {
       S& d = steps.d[i];
       if (!p.dt_softplus || raw[i] > S(20)) steps.slope[i] = S(1);
@@ -545,9 +560,12 @@ struct Scan {
       }
       if (i >= chunk.count) d = S(0);
       const double exponent = i < chunk.count ? d * A : 0.0;
-      c += exponent < kLeastExponent ? kLeastExponent : exponent;
+      const double step = exponent < kLeastExponent ? kLeastExponent : exponent;
+      const double sum = c + step;
+      lost += __builtin_fabs(c) > __builtin_fabs(step) ? (c - sum) + step : (step - sum) + c;
+      c = sum;
       steps.c[i] = static_cast<S>(c);
-      steps.c_rest[i] = static_cast<S>(c - steps.c[i]);
+      steps.c_rest[i] = static_cast<S>((c - steps.c[i]) + lost);
     }
     const S end = padded > 0 ? steps.c[padded - 1] : S(0);
     const S end_rest = padded > 0 ? steps.c_rest[padded - 1] : S(0);

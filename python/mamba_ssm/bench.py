@@ -4,6 +4,7 @@ On a GPU, rows have the recorded times of the package that this one replaces bes
 them only on the GPU that the record names. On a CPU, the others run in the same process.
 """
 
+import copy
 import itertools
 import json
 import statistics
@@ -13,16 +14,26 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mamba_ssm import Mamba, Mamba2
+from mamba_ssm.bench_workload import (
+    parallel_scan,
+    scan_inputs,
+    ssd_dense_chunks,
+    ssd_inputs,
+    time_loop,
+)
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
 from mamba_ssm.ops.triton.layer_norm import rms_norm_ref as add_rms_norm_ref
 from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
 ops = torch.ops.mamba_ssm
 PEER = json.loads((Path(__file__).parent / "bench_peer.json").read_text(encoding="utf-8"))
 FLUSH_BYTES = 1 << 28  # larger than any L2 cache
 CHECKED_DIM, CHECKED_SEQLEN = 64, 512  # part of a call that is compared with float64
 CHECKED_ROWS = 64
+SSD_CHUNK = 256  # what callers pass; the kernels have their own
 
 
 def add_arguments(parser):
@@ -148,6 +159,11 @@ def first_channels(t):
     return t[:1, :CHECKED_DIM, :CHECKED_SEQLEN].contiguous()
 
 
+def first_head(t):
+    """The part of an argument or result that belongs to the first row, tokens and head."""
+    return (t[:1] if t.dim() == 1 else t[:1, :CHECKED_SEQLEN, :1]).contiguous()
+
+
 def first_rows(t):
     """The part of an argument or result (rows, channels) that belongs to the first rows."""
     return t[:CHECKED_ROWS] if t.dim() == 2 else t
@@ -236,15 +252,31 @@ def scan(report):
         )
 
 
-def scan_inputs(batch, dim, seqlen, dstate, device, dtype):
-    """u, delta, A, B, C, D, z, delta_bias."""
-    options = dict(device=device, dtype=dtype)
-    u = torch.randn(batch, dim, seqlen, **options)
-    delta = 0.5 * torch.rand(batch, dim, seqlen, **options)
-    A = -torch.arange(1, dstate + 1, device=device, dtype=torch.float32).repeat(dim, 1)
-    B, C = (torch.randn(batch, dstate, seqlen, **options) for _ in range(2))
-    D, delta_bias = torch.randn(dim, device=device), torch.rand(dim, device=device)
-    return u, delta, A, B, C, D, torch.randn(batch, dim, seqlen, **options), delta_bias
+def ssd(report):
+    def call(*inputs):
+        x, dt, A, B, C, D = inputs
+        return mamba_chunk_scan_combined(x, dt, A, B, C, SSD_CHUNK, D=D)
+
+    def reference(*inputs):
+        return ssd_dense_chunks(*inputs, chunk_size=64)
+
+    sizes = [(8, 2048, 24, 1, 128), (8, 2048, 80, 1, 128), (2, 8192, 80, 1, 128)]
+    sizes += [(1, 65536, 80, 1, 128), (4, 4096, 128, 8, 128), (8, 2048, 80, 1, 64)]
+    for batch, seqlen, nheads, ngroups, dstate in sizes:
+        headdim = 64
+        size = batch, seqlen, nheads, headdim, ngroups, dstate
+        inputs = ssd_inputs(*size, "cuda", torch.bfloat16)
+        x, dt, _, B, C, _ = inputs
+        forward_backward(
+            report,
+            f"ssd/B{batch}L{seqlen}H{nheads}P{headdim}G{ngroups}N{dstate}",
+            call,
+            reference,
+            inputs,
+            2 * moved(x) + moved(dt, B, C),
+            3 * moved(x) + 2 * moved(dt, B, C),
+            first_head,
+        )
 
 
 def decode(report):
@@ -338,6 +370,27 @@ def norm(report):
         report.gpu_row(name, ms, 2 * moved(x, residual), error)
 
 
+def block(report):
+    sizes = [(Mamba, 768, 8, 2048), (Mamba, 2560, 4, 2048)]
+    sizes += [(Mamba2, 768, 8, 2048), (Mamba2, 2560, 4, 2048), (Mamba2, 2560, 1, 32768)]
+    for kind, d_model, batch, seqlen in sizes:
+        module = kind(d_model, device="cuda", dtype=torch.bfloat16)
+        exact_module = copy.deepcopy(module).double()
+        x = torch.randn(batch, seqlen, d_model, device="cuda", dtype=torch.bfloat16)
+        name = f"block/{kind.__name__}/d{d_model}B{batch}L{seqlen}"
+        part = x[:1, :CHECKED_SEQLEN]
+        with torch.no_grad():
+            ms = gpu_ms(lambda: module(x))
+            error = relative_error(module(part), exact_module(part.double()))
+        report.gpu_row(f"{name}/fwd_nograd", ms, error=error)
+
+        leaves = [x.requires_grad_(), *module.parameters()]
+        out = module(x)
+        dout = torch.randn_like(out)
+        ms = gpu_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+        report.gpu_row(f"{name}/bwd", ms)
+
+
 def cpu_ms(call, budget_s=2.0):
     """Shortest time of call(): other work on the machine only ever adds."""
     call()
@@ -397,41 +450,57 @@ def cpu(report):
             inputs = inputs_of(seqlen)
             name = f"selective_scan/D{dim}L{seqlen}N{dstate}/fwd/threads{count}"
             report.cpu_row(name, cpu_ms(lambda: forward(inputs)))
+        for size in ((1, 1024, 16, 64, 1, 128), (2, 2048, 24, 64, 1, 128)):
+            for count in thread_counts:
+                torch.set_num_threads(count)
+                cpu_ssd(report, size, count)
     finally:
         torch.set_num_threads(threads)
 
 
-def discretized(u, delta, A, B, C, D, z, delta_bias):
-    """Decay and input of the recurrence, (batch, seqlen, dim, dstate)."""
-    d = F.softplus(delta + delta_bias[:, None]).transpose(1, 2)[..., None]
-    return torch.exp(d * A), d * B.transpose(1, 2)[:, :, None] * u.transpose(1, 2)[..., None]
+def cpu_ssd(report, size, threads):
+    """SSD beside the best of three sizes of dense chunks; bfloat16 without a rival."""
+    batch, seqlen, nheads, headdim, _, dstate = size
+    name = f"ssd/B{batch}L{seqlen}H{nheads}P{headdim}N{dstate}"
+    inputs = ssd_inputs(*size, "cpu", torch.float32)
 
+    def ours(*inputs):
+        x, dt, A, B, C, D = inputs
+        return mamba_chunk_scan_combined(x, dt, A, B, C, SSD_CHUNK, D=D)
 
-def read_out(states, u, delta, A, B, C, D, z, delta_bias):
-    """Output from the states of all times, (batch, seqlen, dim, dstate)."""
-    y = (states @ C.transpose(1, 2)[..., None])[..., 0].transpose(1, 2) + D[:, None] * u
-    return y * F.silu(z)
+    def forward(call, inputs):
+        with torch.no_grad():
+            call(*inputs)
 
+    def backward(call, inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = call(*leaves)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-def time_loop(*inputs):
-    decay, driven = discretized(*inputs)
-    state = torch.zeros_like(driven[:, 0])
-    states = []
-    for t in range(decay.shape[1]):
-        state = torch.addcmul(driven[:, t], decay[:, t], state)
-        states.append(state)
-    return read_out(torch.stack(states, dim=1), *inputs)
+    for kind, run_once in (("fwd", forward), ("fwd+bwd", backward)):
+        rivals = {}
+        for chunk_size in (32, 64, 128):
 
+            def rival(*inputs, chunk_size=chunk_size):
+                return ssd_dense_chunks(*inputs, chunk_size=chunk_size)
 
-def parallel_scan(pscan, *inputs):
-    return read_out(pscan(*discretized(*inputs)), *inputs)
+            rivals[chunk_size] = cpu_ms(lambda: run_once(rival, inputs))
+        best = min(rivals, key=rivals.get)
+        ms = cpu_ms(lambda: run_once(ours, inputs))
+        label = f"dense chunks of {best}"
+        report.cpu_row(f"{name}/{kind}/threads{threads}", ms, label, rivals[best])
+        halves = [t.bfloat16() if t.dim() > 1 else t for t in inputs]
+        ms = cpu_ms(lambda: run_once(ours, halves))
+        report.cpu_row(f"{name}/{kind}/bfloat16/threads{threads}", ms)
 
 
 GROUPS = {
     "limits": limits,
     "conv": conv,
     "scan": scan,
+    "ssd": ssd,
     "decode": decode,
     "norm": norm,
+    "block": block,
     "cpu": cpu,
 }

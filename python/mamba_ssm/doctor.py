@@ -202,6 +202,100 @@ def test_selective_state_update(device):
     return [(torch.stack(outs), expected), (state, [last])]
 
 
+def ssd_arguments(device):
+    x, dt, B_, C_, z = (
+        torch.tensor(values, device=device)[None, :, None] for values in (X, DELTA, B, C, Z)
+    )
+    A_, D_, bias = (torch.tensor([value], device=device) for value in (A, D, BIAS))
+    return x[..., None], dt, A_, B_[..., None], C_[..., None], D_, z[..., None], bias
+
+
+def test_ssd_chunk_scan(device):
+    out, final = ops.ssd_chunk_scan(*ssd_arguments(device), dt_softplus=True)
+    expected, state = scan(X, DELTA, B, C, Z)
+    return [(out, expected), (final, [state])]
+
+
+def test_ssd_chunk_scan_bwd(device):
+    # Linear in x, as the selective scan is in u.
+    arguments = ssd_arguments(device)
+    x = arguments[0].requires_grad_()
+    out, _ = ops.ssd_chunk_scan(*arguments, dt_softplus=True)
+    out.backward(torch.tensor(DOUT, device=device).view_as(out))
+    units = [[float(s == t) for s in range(len(X))] for t in range(len(X))]
+    outs = [scan(unit, DELTA, B, C, Z)[0] for unit in units]
+    return [(x.grad, [sum(g * o for g, o in zip(DOUT, out)) for out in outs])]
+
+
+EPS = 1e-5
+WEIGHT = [0.7, -1.2, 0.4, 2.0]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def rms_norm(x):
+    """x over its root mean square, times WEIGHT; and one over the root mean square."""
+    scale = 1 / math.sqrt(mean([v * v for v in x]) + EPS)
+    return [scale * v * w for v, w in zip(x, WEIGHT)], scale
+
+
+def rms_norm_gradient(x, dout):
+    scale = rms_norm(x)[1]
+    weighted = [g * w for g, w in zip(dout, WEIGHT)]
+    along = mean([g * v for g, v in zip(weighted, x)]) * scale * scale
+    return [scale * (g - v * along) for g, v in zip(weighted, x)]
+
+
+def vectors(device, *values):
+    return [torch.tensor(v, device=device) for v in values]
+
+
+def test_rms_norm_gated(device):
+    x, weight, z = vectors(device, X, WEIGHT, Z)
+    out = ops.rms_norm_gated(x, weight, None, z, eps=EPS, norm_before_gate=False)
+    return [(out, rms_norm([v * silu(gate) for v, gate in zip(X, Z)])[0])]
+
+
+def test_rms_norm_gated_bwd(device):
+    x, weight, z, dout = vectors(device, X, WEIGHT, Z, DOUT)
+    ops.rms_norm_gated(x.requires_grad_(), weight, None, z, eps=EPS).backward(dout)
+    return [(x.grad, rms_norm_gradient(X, [g * silu(gate) for g, gate in zip(DOUT, Z)]))]
+
+
+def test_layer_norm(device):
+    x, weight, residual = vectors(device, X, WEIGHT, B)
+    options = dict(eps=EPS, prenorm=True, is_rms_norm=True)
+    out, _, residual_out = ops.layer_norm(x, weight, residual=residual, **options)
+    total = [v + r for v, r in zip(X, B)]
+    return [(out, rms_norm(total)[0]), (residual_out, total)]
+
+
+def test_layer_norm_bwd(device):
+    x, weight, residual, dout = vectors(device, X, WEIGHT, B, DOUT)
+    out = ops.layer_norm(x.requires_grad_(), weight, residual=residual, eps=EPS, is_rms_norm=True)
+    out[0].backward(dout)
+    return [(x.grad, rms_norm_gradient([v + r for v, r in zip(X, B)], DOUT))]
+
+
+def test_mamba2_inner(device):
+    columns = torch.tensor([Z, X, B, C, DELTA], device=device)  # z, x, B, C, dt
+    bias, A_, D_ = vectors(device, [BIAS], [A], [D])
+    out, final = ops.mamba2_inner(
+        columns.T[None],
+        torch.tensor([[W0, W1]] * 3, device=device),
+        bias.expand(3),
+        A_,
+        1,
+        1,
+        D_,
+        bias,
+    )
+    expected, state = scan(convolution(X), DELTA, convolution(B), convolution(C), Z)
+    return [(out, expected), (final, [state])]
+
+
 def test_mamba_inner(device):
     xz = torch.tensor([X, Z], device=device)[None]
     x_proj, dt_proj, out_proj = [0.3, -0.7, 1.1], 0.9, 1.3
@@ -232,7 +326,14 @@ TESTS = [
     ("selective_scan", test_selective_scan),
     ("selective_scan, backward", test_selective_scan_bwd),
     ("selective_state_update", test_selective_state_update),
+    ("ssd_chunk_scan", test_ssd_chunk_scan),
+    ("ssd_chunk_scan, backward", test_ssd_chunk_scan_bwd),
+    ("rms_norm_gated", test_rms_norm_gated),
+    ("rms_norm_gated, backward", test_rms_norm_gated_bwd),
+    ("layer_norm", test_layer_norm),
+    ("layer_norm, backward", test_layer_norm_bwd),
     ("mamba_inner", test_mamba_inner),
+    ("mamba2_inner", test_mamba2_inner),
 ]
 
 

@@ -91,7 +91,7 @@ def _length(rng):
     draw = rng.random()
     if draw < 0.015:
         return 0
-    if draw < 0.05:
+    if draw < 0.06:
         return rng.choice([127, 128, 129, 255, 256, 257, 300, 511, 513])
     if draw < 0.25:
         return rng.choice([1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65])

@@ -1,0 +1,65 @@
+"""`python -m mamba_ssm`: the doctor, a small demo, and what the benchmark compares with."""
+
+import pathlib
+import re
+
+import pytest
+import torch
+from mamba_ssm import bench_workload, doctor
+from mamba_ssm.__main__ import main
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_doctor_finds_nothing():
+    assert main(["doctor"]) == 0
+
+
+def test_doctor_notices(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "silu", lambda x: x)
+    assert main(["doctor"]) != 0
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_doctor_tests_every_op():
+    schemas = torch._C._jit_get_all_schemas()
+    ops = {s.name.partition("::")[2] for s in schemas if s.name.startswith("mamba_ssm::")}
+    tested = {re.sub(", backward", "_bwd", name) for name, _ in doctor.TESTS}
+    assert tested == ops - {"selective_scan_fwd"}  # what selective_scan, backward, calls
+
+
+@pytest.mark.parametrize("layer", ["Mamba", "Mamba2"])
+def test_demo(layer, tmp_path, capsys):
+    """A few steps: it learns from a text, keeps a checkpoint and generates from it."""
+    text = ROOT / "tests" / "harness" / "cases.py"
+    arguments = ["--layer", layer, "--text", str(text), "--out", str(tmp_path)]
+    assert main(["demo", *arguments, "--minutes", "0.05", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "7968" in output and "6468320" in output
+    before, after = (float(n) for n in re.findall(r"held out: ([0-9.]+) bits per byte", output))
+    assert after < before
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "bench"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_plain_versions_compute_the_same():
+    """What the benchmark is compared with computes what the library does."""
+    inputs = bench_workload.ssd_inputs(2, 64, 6, 8, 2, 5, "cpu", torch.float64)
+    inputs = [t.double() for t in inputs]
+    x, dt, A, B, C, D = inputs
+    exact = mamba_chunk_scan_combined(x, dt, A, B, C, 64, D=D)
+    for chunk_size in (16, 32):
+        plain = bench_workload.ssd_dense_chunks(*inputs, chunk_size=chunk_size)
+        torch.testing.assert_close(plain, exact)
+    inputs = bench_workload.scan_inputs(2, 6, 20, 3, "cpu", torch.float64)
+    inputs = [t.double() for t in inputs]
+    exact = selective_scan_fn(*inputs, delta_softplus=True)
+    torch.testing.assert_close(bench_workload.time_loop(*inputs), exact)
