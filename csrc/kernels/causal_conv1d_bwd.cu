@@ -5,8 +5,8 @@
 //   dweight[k] = sum_{b,t} g[t] * x[t - (width-1) + k]        dbias = sum_{b,t} g[t]
 //
 // over the taps that the forward used; dinitial_states is dx at s < 0. g[t] is formed once, in time
-// order or against it, and scattered to the width tokens that it reaches; dx leaves a thread when
-// its last contribution has come.
+// order or against it, and used for the width tokens that it reaches; dx is always added up in the
+// order of t, so that its bits do not depend on where a row stands in memory.
 //
 // Channel-last and element-wise data: a thread owns a few channels (one, if strides allow no packs)
 // and walks a strip of tokens; the warps of a block walk neighboring strips of the same channels
@@ -420,8 +420,9 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
   FinalTokens final = {};
   if constexpr (!kPlain) final = final_tokens<true>(p, ids, begin);
   Acc sums[kWidth + 1] = {};  // dweight, dbias of this strip
-  // after[j]: what tokens right of lane 31 add to dx of its last kHalo tokens.
+  // Of the first kHalo tokens right of lane 31: their g, and which taps they use.
   Acc after[kHalo] = {};
+  unsigned used_after = 0;
 
   for (int i = first; i >= 0; --i) {
     // This step and the one to its left have to be there, for all lanes; and all lanes are done
@@ -431,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
     fetch(i - (kStages - 1));
     const int u = i * kStep + lane * kVec;
     Acc window[kHalo + kVec];  // inputs of tokens u - kHalo .. u + kVec - 1
-    Acc g[kVec];
+    Acc g[kVec + kHalo];       // of tokens u .. u + kVec + kHalo - 1
     {
       const Stage& stage = ring[slot(i)];
       const Pack<T, kVec> x_vector = stage.x[lane];
@@ -450,7 +451,11 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
     }
 
     const unsigned used = filter_taps<kWidth, !kPlain, kVec>(ids, begin + u, p.seqlen);
-    const auto uses = [&](int e, int k) { return kPlain || (used >> (e * kWidth + k) & 1) != 0; };
+    unsigned used_right = 0;
+    const auto uses = [&](int e, int k) {
+      const unsigned bits = e < kVec ? used >> (e * kWidth) : used_right >> ((e - kVec) * kWidth);
+      return kPlain || (bits >> k & 1) != 0;
+    };
     if constexpr (!kPlain) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
@@ -470,19 +475,16 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
 #pragma unroll
       for (int e = 0; e < kVec; ++e) g[e] = times_silu_gradient(g[e], a[e]);
     }
-    Acc pending[kHalo + kVec] = {};  // dx of the same tokens
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        if (uses(e, k)) pending[e + k] += taps.weight[k][0] * g[e];
-      }
-    }
 #pragma unroll
     for (int j = 0; j < kHalo; ++j) {
-      const Acc right = __shfl_sync(kAllLanes, pending[j], (lane + 1) % kWarpSize);
-      pending[kVec + j] += lane == kWarpSize - 1 ? after[j] : right;
-      after[j] = right;  // lane 31 has what lane 0 leaves to the next step
+      const Acc right = __shfl_sync(kAllLanes, g[j], (lane + 1) % kWarpSize);
+      g[kVec + j] = lane == kWarpSize - 1 ? after[j] : right;
+      after[j] = right;  // lane 31 keeps what is lane 0's, for the next step
+    }
+    if constexpr (!kPlain) {
+      const unsigned right = __shfl_sync(kAllLanes, used, (lane + 1) % kWarpSize);
+      used_right = lane == kWarpSize - 1 ? used_after : right;
+      used_after = right;
     }
     if (i * kStep >= length) continue;  // behind the strip
 
@@ -494,18 +496,23 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
       }
       sums[kWidth] += g[e];
     }
-    if (inside(u) && (kPlain || u + kVec <= final.begin)) {
-      Acc values[kVec];
+    Acc gradient[kVec] = {};
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) values[e] = pending[kHalo + e];
+    for (int e = 0; e < kVec; ++e) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        if (uses(e + j, kHalo - j)) gradient[e] += taps.weight[kHalo - j][0] * g[e + j];
+      }
+    }
+    if (inside(u) && (kPlain || u + kVec <= final.begin)) {
       Pack<T, kVec> rounded;
-      rounded.round(values);
+      rounded.round(gradient);
       rounded.store(dx + u);
     } else if constexpr (!kPlain) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
         if (u + e >= readable) break;
-        Acc value = pending[kHalo + e];
+        Acc value = gradient[e];
         if (final.contains(u + e)) {
           value += final_gradient<T, true>(p, final, ids, b, c, begin, u + e);
         }
@@ -518,11 +525,15 @@ __global__ void __launch_bounds__(kThreads, kPlain ? kTokenResident : 1)
     }
   }
 
-  // What lane 0 left to the step before the first: the rest of dinitial_states.
+  // Left of lane 0: the rest of dinitial_states.
   if (!kPlain && strip == 0 && lane == kWarpSize - 1) {
 #pragma unroll
     for (int j = 0; j < kHalo; ++j) {
-      Acc value = after[j];
+      Acc value = 0;
+#pragma unroll
+      for (int e = 0; e <= j; ++e) {
+        if (used_after >> (e * kWidth + j - e) & 1) value += taps.weight[j - e][0] * after[e];
+      }
       if (final.contains(j - kHalo)) {
         value += final_gradient<T, true>(p, final, ids, b, c, begin, j - kHalo);
       }

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -75,6 +76,12 @@ __device__ __forceinline__ Acc load_as(const void* data, DType dtype, int64_t of
     default:
       return Acc(0);  // integers are read by load_index
   }
+}
+
+/// Element c of an optional parameter; 0 if absent.
+template <class Acc>
+__device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
+  return given(v) ? load_as<Acc>(v.data, v.dtype, c * v.stride[0]) : Acc(0);
 }
 
 /// One element of an index tensor, int32 or int64.
@@ -342,13 +349,18 @@ inline bool allows_vectors(const void* data, Strides... strides) {
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/// Of the current device.
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
 /// Multiprocessors of the current device: what a launch has to fill.
 inline int multiprocessor_count() {
-  int device = 0;
-  int count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count > 0 ? count : 1;
+  return std::max(static_cast<int>(device_attribute(cudaDevAttrMultiProcessorCount)), 1);
 }
 
 }  // namespace mamba_ssm::kernels

@@ -222,7 +222,7 @@ __global__ void backward_elements(const RmsNormGatedParams p, const RowTeams tea
       static_cast<T*>(p.dx.data)[at(p.dx, first + c)] =
           from_accumulate<T>(gate_first ? ds * gate.value : ds);
       if (!gated) continue;
-      const Acc b = given(p.bias) ? parameter<Acc>(p.bias, first + c) : Acc(0);
+      const Acc b = parameter<Acc>(p.bias, first + c);
       static_cast<T*>(p.dz.data)[at(p.dz, first + c)] =
           from_accumulate<T>(gate.slope * (gate_first ? ds * from : d * (n * w + b)));
     }

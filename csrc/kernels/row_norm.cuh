@@ -125,11 +125,6 @@ __device__ __forceinline__ Accumulate<T> element(const View<4>& v, int64_t offse
   return to_accumulate(static_cast<const T*>(v.data)[offset]);
 }
 
-template <class Acc>
-__device__ __forceinline__ Acc parameter(const View<1>& v, int64_t channel) {
-  return load_as<Acc>(v.data, v.dtype, channel * v.stride[0]);
-}
-
 /// 1 / sqrt(sum / count + eps)
 template <class Acc>
 __device__ __forceinline__ Acc reciprocal_root(Acc sum, int64_t count, double eps) {
@@ -276,13 +271,6 @@ struct RowPlan {
   RowTeams teams;
   size_t shared;
 };
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
 
 /// Fills the multiprocessors with about so many threads each.
 inline void place_teams(RowPlan& plan, int64_t rows, int threads_resident) {

@@ -35,12 +35,6 @@ __device__ __forceinline__ Acc softplus_gradient(Acc x) {
   return x > kSoftplusThreshold ? Acc(1) : sigmoid(x);
 }
 
-/// Element c of an optional parameter; 0 if absent.
-template <class Acc>
-__device__ __forceinline__ Acc parameter(const View<1>& v, int64_t c) {
-  return given(v) ? load_as<Acc>(v.data, v.dtype, c * v.stride[0]) : Acc(0);
-}
-
 /// x, hidden from the compiler: what is computed from it in a loop is computed there again, instead
 /// of being kept in registers that the loop needs more.
 __device__ __forceinline__ int recomputed(int x) {
@@ -48,15 +42,7 @@ __device__ __forceinline__ int recomputed(int x) {
   return x;
 }
 
-// ---- Host ----------------------------------------------------------------------------------------
-
-inline int64_t device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
+// ---- Host
 
 /// Parts of a workspace, each on a 256-byte boundary; the first pass, without a base, only counts.
 class Workspace {
