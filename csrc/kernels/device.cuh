@@ -363,4 +363,17 @@ inline int multiprocessor_count() {
   return std::max(static_cast<int>(device_attribute(cudaDevAttrMultiProcessorCount)), 1);
 }
 
+/// Launches `kernel` with `bytes` of dynamic shared memory, asking for what a launch does not get
+/// by itself.
+template <class... Parameters, class... Arguments>
+void launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  constexpr size_t kUnasked = 40 * 1024;  // 48 KiB, less the arrays of fixed size of a kernel
+  if (bytes > kUnasked) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(bytes));
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
+}
+
 }  // namespace mamba_ssm::kernels

@@ -1,9 +1,12 @@
-// Gated normalization, forward. How rows are divided: row_norm.cuh.
+// Gated normalization, forward. How rows are divided: row_norm.cuh. A row has so few operands that
+// the vectors of the next one wait in registers.
 #include "launch.cuh"
 #include "row_norm.cuh"
 
 namespace mamba_ssm::kernels {
 namespace {
+
+constexpr RowLimits kLimits = {2048, kMostTeam};
 
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kMostTeam)
@@ -11,15 +14,15 @@ __global__ void __launch_bounds__(kMostTeam)
   using Stream = RowStream<T>;
   using Parameter = SharedParameter<Stream::kVec>;
   constexpr int kVec = Stream::kVec;
-  constexpr int kWeight = kStages * 2 * kVectors;  // slots before it: x and z of every stage
-  constexpr int kBias = kWeight + kVectors * Parameter::kSlots;
+  constexpr int kBias = kVectors * Parameter::kSlots;  // slots before it: the weight's
+  constexpr bool kAhead = kVectors * kVec <= 16;       // else registers hold one row only
   extern __shared__ uint4 shared[];
   __shared__ TeamSum<float>::Buffers buffers;
   const Team team(teams);
   if (!team.works) return;
   TeamSum<float> sum(team, buffers);
   const Slots slots(shared);
-  const Stream x{p.x}, z{p.z}, out{p.out};
+  const Stream out{p.out};
   const bool gate_first = given(p.z) && !p.norm_before_gate;
   const bool gate_last = given(p.z) && p.norm_before_gate;
   const int64_t first = team.group * p.group_size;
@@ -27,34 +30,35 @@ __global__ void __launch_bounds__(kMostTeam)
   const int width = static_cast<int>(p.group_size);
   const auto there = [&](int j) { return channel(j) < width; };
 
-  const auto fetch = [&](int64_t row, int stage) {
-    if (row < p.rows) {
-      const RowIndex at(p.axes, row);
-      const int64_t from_x = at(p.x, first), from_z = at(p.z, first);
+  Pack<T, kVec> next_x[kVectors], next_z[kVectors];
+  const auto fetch = [&](int64_t row) {
+    if (row >= p.rows) return;
+    const RowIndex at(p.axes, row);
+    const T* const x = static_cast<const T*>(p.x.data) + at(p.x, first);
+    const T* const z = static_cast<const T*>(p.z.data) + at(p.z, first);
 #pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (!there(j)) continue;
-        x.fetch(slots, 2 * kVectors * stage + j, from_x + channel(j));
-        if (given(p.z)) z.fetch(slots, 2 * kVectors * stage + kVectors + j, from_z + channel(j));
-      }
+    for (int j = 0; j < kVectors; ++j) {
+      if (!there(j)) continue;
+      next_x[j].load(x + channel(j));
+      if (given(p.z)) next_z[j].load(z + channel(j));
     }
-    commit_copies();
   };
-  int stage = 0;
-  fetch(team.strip, stage);
+  if constexpr (kAhead) fetch(team.strip);
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
-    Parameter::keep(slots, kWeight + j * Parameter::kSlots, p.weight, first + channel(j));
+    Parameter::keep(slots, j * Parameter::kSlots, p.weight, first + channel(j));
     if (given(p.bias)) {
       Parameter::keep(slots, kBias + j * Parameter::kSlots, p.bias, first + channel(j));
     }
   }
 
-  for (int64_t row = team.strip; row < p.rows; row += team.strips, stage ^= 1) {
-    fetch(row + team.strips, stage ^ 1);
-    wait_copies<1>();
-    const int slot_x = 2 * kVectors * stage, slot_z = slot_x + kVectors;
+  for (int64_t row = team.strip; row < p.rows; row += team.strips) {
+    if constexpr (!kAhead) fetch(row);
+    Pack<T, kVec> x[kVectors], z[kVectors];
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) x[j] = next_x[j], z[j] = next_z[j];
+    if constexpr (kAhead) fetch(row + team.strips);
     float s[kVectors][kVec];
     float mean[1] = {0};
 #pragma unroll
@@ -62,14 +66,11 @@ __global__ void __launch_bounds__(kMostTeam)
 #pragma unroll
       for (int e = 0; e < kVec; ++e) s[j][e] = 0;
       if (!there(j)) continue;
-      x.read(slots, slot_x + j, s[j]);
-      if (gate_first) {
-        const auto gate = z.pack(slots, slot_z + j);
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) s[j][e] *= silu(gate[e]);
+      for (int e = 0; e < kVec; ++e) {
+        s[j][e] = gate_first ? x[j][e] * silu(z[j][e]) : x[j][e];
+        mean[0] += s[j][e];
       }
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) mean[0] += s[j][e];
     }
     if (p.is_rms_norm) {
       mean[0] = 0;
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kMostTeam)
       if (!there(j)) continue;
 #pragma unroll
       for (int q = 0; q < Parameter::kSlots; ++q) {
-        const auto w = Parameter::read(slots, kWeight + j * Parameter::kSlots + q);
+        const auto w = Parameter::read(slots, j * Parameter::kSlots + q);
         Pack<float, 4> b{};
         if (given(p.bias)) b = Parameter::read(slots, kBias + j * Parameter::kSlots + q);
 #pragma unroll
@@ -105,9 +106,8 @@ __global__ void __launch_bounds__(kMostTeam)
         }
       }
       if (gate_last) {
-        const auto gate = z.pack(slots, slot_z + j);
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) s[j][e] *= silu(gate[e]);
+        for (int e = 0; e < kVec; ++e) s[j][e] *= silu(z[j][e]);
       }
       out.write(to + channel(j), s[j]);
     }
@@ -158,9 +158,8 @@ RowPlan plan(const RmsNormGatedParams& p) {
     vectors = rows_are_vectors<T>(p.x) && rows_are_vectors<T>(p.z) && rows_are_vectors<T>(p.out);
   }
   constexpr int kParameter = Vector<T>::kSize / 4;
-  const int slots = kStages * 2 + kParameter * (given(p.bias) ? 2 : 1);
-  return plan_rows<T>(p.rows, p.channels / p.group_size, p.group_size, vectors, slots,
-                      kForwardLimits);
+  const int slots = kParameter * (given(p.bias) ? 2 : 1);
+  return plan_rows<T>(p.rows, p.channels / p.group_size, p.group_size, vectors, slots, kLimits);
 }
 
 }  // namespace

@@ -2,10 +2,10 @@
 // their way through shared memory, and the addition of partial gradients.
 //
 // A team owns one group of channels of every strips-th row and walks down those rows. Vectors: a
-// thread owns the same few vectors of every row; copies of the next row are in flight while it
-// works on this one, and it reads only what it copied itself, so that teams meet nowhere but in
-// their sums. Elements (any strides, any width): a thread takes every threads-th channel, and each
-// pass reads its inputs again, from the cache.
+// thread owns the same few vectors of every row; the next row is on its way while it works on this
+// one, and it reads only what it copied itself, so that teams meet nowhere but in their sums.
+// Elements (any strides, any width): a thread takes every threads-th channel, and each pass reads
+// its inputs again, from the cache.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,9 +32,7 @@ struct RowTeams {
   int64_t groups;  // of channels of a row
   int64_t strips;  // teams for each group; at most the rows
 
-  unsigned blocks() const {
-    return static_cast<unsigned>(ceil_div(groups * strips * threads, block));
-  }
+  int64_t blocks() const { return ceil_div(groups * strips * threads, block); }
 };
 
 /// The team of a thread.
@@ -272,13 +270,15 @@ struct RowPlan {
   size_t shared;
 };
 
+/// Bytes of shared memory of a block that are the runtime's and the sums'.
+constexpr int64_t kReservedShared = 2048;
+
 /// Fills the multiprocessors with about so many threads each.
 inline void place_teams(RowPlan& plan, int64_t rows, int threads_resident) {
   int64_t resident = std::max(threads_resident / plan.teams.block, 1);
   if (plan.shared > 0) {
-    constexpr int64_t kReserved = 2048;  // of a block: the runtime's and the sums'
     const int64_t fit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
-                        (static_cast<int64_t>(plan.shared) + kReserved);
+                        (static_cast<int64_t>(plan.shared) + kReservedShared);
     resident = std::clamp<int64_t>(fit, 1, resident);
   }
   const int64_t places =
@@ -323,9 +323,8 @@ RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int
       plan.teams.block = threads <= kWarpSize ? kSmallBlock : static_cast<int>(threads);
       plan.teams.groups = groups;
       plan.shared = static_cast<size_t>(per_thread * slots * plan.teams.block) * sizeof(uint4);
-      constexpr size_t kReserved = 2048;
-      if (plan.shared + kReserved >
-          static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))) {
+      if (static_cast<int64_t>(plan.shared) + kReservedShared >
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
         continue;
       }
       best = plan;
@@ -347,12 +346,7 @@ RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int
 template <class Kernel, class... Arguments>
 void launch_rows(Kernel kernel, const RowPlan& plan, cudaStream_t stream,
                  const Arguments&... arguments) {
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (plan.shared > kWithoutAsking) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(plan.shared));
-  }
-  kernel<<<plan.teams.blocks(), plan.teams.block, plan.shared, stream>>>(arguments...);
+  launch_shared(kernel, plan.teams.blocks(), plan.teams.block, plan.shared, stream, arguments...);
 }
 
 /// Calls f(std::integral_constant) with the vectors of a thread.

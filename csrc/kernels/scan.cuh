@@ -62,16 +62,4 @@ class Workspace {
   size_t size_ = 0;
 };
 
-/// Launches `kernel` with more shared memory than a launch gets unasked, if it takes that.
-template <class... Parameters, class... Arguments>
-void launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
-                   cudaStream_t stream, const Arguments&... arguments) {
-  constexpr size_t kUnasked = 48 * 1024;
-  if (bytes > kUnasked) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(bytes));
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
-}
-
 }  // namespace mamba_ssm::kernels

@@ -272,12 +272,15 @@ struct TileMarks {
   unsigned resets, padding;
 };
 
+/// kPacked: there may be marks.
 template <bool kPacked>
 __device__ __forceinline__ TileMarks tile_marks(const SelectiveScanParams& p, int64_t b, int begin,
                                                 int end) {
   const int t = begin + threadIdx.x % kWarpSize;
   if constexpr (kPacked) {
-    const uint8_t mark = t < end ? p.marks[b * p.seqlen + t] : uint8_t{kPadding};
+    const uint8_t mark = t >= end             ? uint8_t{kPadding}
+                         : p.marks != nullptr ? p.marks[b * p.seqlen + t]
+                                              : uint8_t{kContinue};
     return {__ballot_sync(kAllLanes, mark == kReset), __ballot_sync(kAllLanes, mark == kPadding)};
   } else {
     return {0, __ballot_sync(kAllLanes, t >= end)};

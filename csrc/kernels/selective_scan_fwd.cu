@@ -22,7 +22,9 @@ __host__ __device__ constexpr int planes_per_warp(int state_blocks) {
   return state_blocks == 1 ? kQuarters : kQuarters + 2;
 }
 
-template <class T, bool kPacked>
+/// kWhole: dstate is a multiple of a state block. Else infinity among the inputs may not meet the
+/// zeros of states that do not exist.
+template <class T, bool kPacked, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
     forward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums sums) {
   extern __shared__ float4 shared[];
@@ -104,6 +106,9 @@ __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
       float rate[kStates], h[kStates];
       unpack(rates[block * kThreads + threadIdx.x], rate);
       unpack(states[block * kThreads + threadIdx.x], h);
+      const int count =
+          kWhole ? kStates
+                 : StateSlot(0, block * kStateBlock + part * kStates, p.dstate, true).count;
       if (p.states != nullptr) {
         const int chunks = (static_cast<int>(p.seqlen) + kTile - 1) / kTile;
         const StateSlot slot((int64_t{place.b} * chunks + begin / kTile) * p.dim + c,
@@ -129,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
 #pragma unroll
           for (int s = 0; s < kStates; ++s) {
             next.a[k][s] = fast_exp2(step[k] * rate[s]);
-            next.b[k][s] = input[k] * B[s];
+            next.b[k][s] = kWhole || s < count ? input[k] * B[s] : 0.0f;
           }
         }
       };
@@ -316,8 +321,10 @@ struct SharedForward {
   void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
     if (plan.segments > 1) launch_segments<T, false>(p, plan, sums, stream);
     const int64_t blocks = p.batch * plan.segments * plan.groups * plan.tiles;
-    launch_shared(p.marks != nullptr ? forward_shared<T, true> : forward_shared<T, false>, blocks,
-                  kThreads, plan.shared, stream, p, plan, sums);
+    const auto kernel = p.dstate % kStateBlock != 0 ? forward_shared<T, true, false>
+                        : p.marks != nullptr        ? forward_shared<T, true, true>
+                                                    : forward_shared<T, false, true>;
+    launch_shared(kernel, blocks, kThreads, plan.shared, stream, p, plan, sums);
   }
 };
 

@@ -116,6 +116,15 @@ struct StepRule {
     return d < min ? min : d > max ? max : d;
   }
 
+  /// Log2 of what a step leaves of the state. Bounded below, or one token that forgets everything
+  /// would take the digits of the sums behind it: what is left there is 0, and stays 0 beside any
+  /// growth that has not overflowed.
+  __device__ Acc log_decay(Acc step) const {
+    constexpr Acc kNothing = std::is_same_v<Acc, float> ? -256 : -2048;
+    const Acc x = step * rate;
+    return x < kNothing ? kNothing : x;
+  }
+
   /// d step / d dt: 0 where the step was outside [min, max].
   __device__ Acc gradient(Acc dt) const {
     const Acc x = dt + bias;
@@ -178,7 +187,7 @@ struct ChunkSteps {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       step[i] = tokens.mark[i] == kPadding ? Acc(0) : rule.step(tokens.dt[i].value(dt_dtype, 0));
-      decay[i] = step[i] * rule.rate;
+      decay[i] = rule.log_decay(step[i]);
       resets[i] = tokens.mark[i] == kReset;
     }
     sum_up_tokens(decay);

@@ -95,6 +95,28 @@ __global__ void __launch_bounds__(kElementThreads)
 constexpr int kStepWarps = 8;
 constexpr int kStepThreads = kStepWarps * kWarpSize;
 
+/// sum_up_tokens, token by token, with what rounding took from each sum (Knuth's two-sum). Without
+/// it, tokens behind one that forgets nearly everything would lose digits of what they remember.
+__device__ inline void sum_up_exactly(const double (&x)[2], double (&sum)[2], double (&rest)[2]) {
+  const int lane = threadIdx.x % kWarpSize;
+  sum[0] = sum[1] = rest[0] = rest[1] = 0;
+  for (int t = 0; t < kChunk; ++t) {
+    const double next = __shfl_sync(kAllLanes, t % 2 == 0 ? x[0] : x[1], t / 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (t > 2 * lane + i) continue;
+      const double total = sum[i] + next;
+      const double added = total - sum[i];
+      rest[i] += (sum[i] - (total - added)) + (next - added);
+      sum[i] = total;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!isfinite(sum[i])) rest[i] = 0;
+  }
+}
+
 /// A warp per chunk and head; lane l has tokens 2l and 2l + 1.
 template <class N>
 __global__ void __launch_bounds__(kStepThreads)
@@ -108,7 +130,15 @@ __global__ void __launch_bounds__(kStepThreads)
   if (!chunk.exists) return;
   ChunkTokens<N> tokens;
   tokens.load(p, chunk.row, head, chunk.begin, chunk.end);
-  const ChunkSteps<N> steps(StepRule<N>(p, head), tokens, p.dt.dtype);
+  const StepRule<N> rule(p, head);
+  ChunkSteps<N> steps(rule, tokens, p.dt.dtype);
+  if constexpr (std::is_same_v<N, double>) {
+    double rest[2];
+    sum_up_exactly({rule.log_decay(steps.step[0]), rule.log_decay(steps.step[1])}, steps.decay,
+                   rest);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) space.decay_rest[index * kChunk + 2 * lane + i] = rest[i];
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     space.step[index * kChunk + 2 * lane + i] = steps.step[i];
@@ -178,9 +208,12 @@ __global__ void __launch_bounds__(kStepThreads)
     if (t >= chunk.end) continue;
     N ddt = 0;
     if (tokens.mark[i] != kPadding) {
-      // The state before a reset does not decay, it is dropped.
-      const N ddecay = tokens.mark[i] == kReset ? N(0) : passing + later_sums[i] + earlier_sums[i];
-      dA += space.step[index * kChunk + 2 * lane + i] * ddecay;
+      // The state before a reset does not decay, it is dropped; and where nothing is left of it,
+      // what the sums leave of numbers that cancel is no gradient.
+      const N step = space.step[index * kChunk + 2 * lane + i];
+      const bool dropped = tokens.mark[i] == kReset || fast_exp2(rule.log_decay(step)) == 0;
+      const N ddecay = dropped ? N(0) : passing + later_sums[i] + earlier_sums[i];
+      dA += step * ddecay;
       ddt = rule.gradient(tokens.dt[i].value(p.dt.dtype, 0)) * (A * ddecay + input[i]);
       ddt_bias += ddt;
     }
@@ -399,8 +432,9 @@ struct PlainBackward {
       }
     }
     launch_step_gradients(p, plan.steps, stream);
-    launch_sum_matrices(p, plan.steps.chunks, p.dB, plan.dB, 1, stream);
-    launch_sum_matrices(p, plan.steps.chunks, p.dC, plan.dC, 1, stream);
+    const int64_t subsets = p.nheads > 0 ? 1 : 0;  // no heads, no sums: 0
+    launch_sum_matrices(p, plan.steps.chunks, p.dB, plan.dB, subsets, stream);
+    launch_sum_matrices(p, plan.steps.chunks, p.dC, plan.dC, subsets, stream);
   }
 };
 
@@ -413,7 +447,7 @@ struct MmaBackward {
   View<4> x, dout, B, C;  // with rows for tiles: the call's own, or copies
 
   static bool takes(const SsdChunkScanParams& p) {
-    return p.dstate <= kMaxMmaStates && p.headdim > 0 && p.dstate > 0 &&
+    return p.dstate <= kMaxMmaStates && p.nheads > 0 && p.headdim > 0 && p.dstate > 0 &&
            device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
            device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >=
                static_cast<int64_t>(sizeof(GradientShared<T, kMaxMmaStates>));

@@ -39,7 +39,8 @@ struct StepSpace {
   int64_t width;        // channels of dD per block, at least headdim / head_blocks
   ChunkMasks* masks;    // (slots)
   N* step;              // (slots, nheads, kChunk)
-  N* decay;             // likewise
+  N* decay;             // likewise: c_t
+  N* decay_rest;        // likewise: what rounding took from c_t; of the plain path
   N* later;             // (slots, heads, kChunk)
   N* earlier;           // likewise
   N* input;             // likewise
@@ -57,6 +58,7 @@ struct StepSpace {
     masks = workspace.take<ChunkMasks>(slots);
     step = workspace.take<N>(slots * p.nheads * kChunk);
     decay = workspace.take<N>(slots * p.nheads * kChunk);
+    decay_rest = workspace.take<N>(std::is_same_v<N, double> ? slots * p.nheads * kChunk : 0);
     later = workspace.take<N>(slots * heads * kChunk);
     earlier = workspace.take<N>(slots * heads * kChunk);
     input = workspace.take<N>(slots * heads * kChunk);

@@ -37,6 +37,20 @@ __device__ __forceinline__ Accumulate<T> element(const View<4>& v, int64_t b, in
       v.data)[b * v.stride[0] + t * v.stride[1] + h * v.stride[2] + i * v.stride[3]]);
 }
 
+/// c_t of a chunk and head. Differences have double's accuracy, however large both sums are.
+struct ChunkDecays {
+  const double *sum, *rest;
+
+  __device__ __forceinline__ ChunkDecays(const StepSpace<double>& steps, int64_t at)
+      : sum(steps.decay + at), rest(steps.decay_rest + at) {}
+  /// From the chunk's start to token i.
+  __device__ __forceinline__ double until(int i) const { return sum[i] + rest[i]; }
+  /// From token j to token i.
+  __device__ __forceinline__ double between(int64_t j, int i) const {
+    return (sum[i] - sum[j]) + (rest[i] - rest[j]);
+  }
+};
+
 template <class Acc>
 using PlainCells = Acc[kPlainCells][kPlainCells];
 
@@ -176,21 +190,22 @@ __global__ void __launch_bounds__(kPlainThreads)
                         (slot * plan.lot + lot_head) * p.headdim * p.dstate;
     const ChunkMasks masks = steps.masks[slot];
     const double* const step = steps.step + (slot * p.nheads + head) * kChunk;
-    const double* const decay = steps.decay + (slot * p.nheads + head) * kChunk;
+    const ChunkDecays decay(steps, (slot * p.nheads + head) * kChunk);
     __syncthreads();
     if (threadIdx.x < kChunk) {
       const int t = threadIdx.x;
       Acc f = 0;
       if (masks.real >> t & 1) {
         if (backwards) {
-          if (t < masks.first_reset()) f = fast_exp2(static_cast<Acc>(decay[t]));
+          if (t < masks.first_reset()) f = fast_exp2(static_cast<Acc>(decay.until(t)));
         } else if (t >= masks.last_reset()) {
-          f = fast_exp2(static_cast<Acc>(decay[kChunk - 1] - decay[t])) * static_cast<Acc>(step[t]);
+          f = fast_exp2(static_cast<Acc>(decay.between(t, kChunk - 1))) * static_cast<Acc>(step[t]);
         }
       }
       factor[t] = f;
     }
-    const Acc passing = masks.resets == 0 ? fast_exp2(static_cast<Acc>(decay[kChunk - 1])) : Acc(0);
+    const Acc passing =
+        masks.resets == 0 ? fast_exp2(static_cast<Acc>(decay.until(kChunk - 1))) : Acc(0);
     for_cells<Acc>(state, [&](Acc& s, int row, int column) {
       if (p0 + row < p.headdim && n0 + column < p.dstate) {
         target[(p0 + row) * p.dstate + n0 + column] = s;
@@ -269,7 +284,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   for (int64_t head = first_head; head < end_head; ++head) {
     const int64_t at = (slot * p.nheads + head) * kChunk;
     const double* const step = steps.step + at;
-    const double* const decay = steps.decay + at;
+    const ChunkDecays decay(steps, at);
     const int64_t state_at = (slot * plan.lot + head - plan.first_head) * p.headdim * p.dstate;
     const Acc* const state = plan.states + state_at;
     const Acc* const dstate = plan.dstates + state_at;
@@ -279,10 +294,10 @@ __global__ void __launch_bounds__(kPlainThreads)
                  : Acc(0);
     };
     const auto entering = [&](int t) {
-      return t < masks.first_reset() ? fast_exp2(static_cast<Acc>(decay[t])) : Acc(0);
+      return t < masks.first_reset() ? fast_exp2(static_cast<Acc>(decay.until(t))) : Acc(0);
     };
     const auto leaving = [&](int t) {
-      return t >= masks.last_reset() ? fast_exp2(static_cast<Acc>(decay[kChunk - 1] - decay[t]))
+      return t >= masks.last_reset() ? fast_exp2(static_cast<Acc>(decay.between(t, kChunk - 1)))
                                      : Acc(0);
     };
     __syncthreads();
@@ -306,7 +321,7 @@ __global__ void __launch_bounds__(kPlainThreads)
         const int j = plain_column(b);
         Acc weight = 0;
         if (i >= j && i < masks.next_reset(j)) {
-          weight = fast_exp2(static_cast<Acc>(decay[i] - decay[j]));
+          weight = fast_exp2(static_cast<Acc>(decay.between(j, i)));
         }
         matrix[i][j] = cb[a][b] * weight;
         const Acc gradient = g[a][b] * weight * static_cast<Acc>(step[j]);
@@ -418,7 +433,7 @@ __global__ void __launch_bounds__(kPlainThreads)
       double sum = 0;
       for (const double part : passing_parts) sum += part;
       steps.passing[slot * p.nheads + head] =
-          masks.resets == 0 ? fast_exp2(decay[kChunk - 1]) * sum : 0.0;
+          masks.resets == 0 ? fast_exp2(decay.until(kChunk - 1)) * sum : 0.0;
     }
   }
 

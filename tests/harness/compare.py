@@ -19,7 +19,7 @@ _ROUNDING = {
     torch.float16: (0.5, 0),
     torch.bfloat16: (0.5, 0),
     torch.float32: (2, 0.5),
-    torch.float64: (8, 2),  # no wider type judges it
+    torch.float64: (64, 16),  # no wider type judges it, nor knows what cancels on the way
 }
 # Times what the truth moves under blurred arguments: a constant, and more where that is known from
 # few elements, any of which may have moved little by chance.
@@ -157,12 +157,33 @@ def check_same(call, first, second, what):
             )
 
 
+def judge(call, gradients=True):
+    """The outcomes that check_close asks for: exact, plain, blurred."""
+    question = [call.op, call.arguments]
+    if gradients:
+        question += [call.differentiable, call.cotangents or None]
+    exact = oracle.exact(*question)
+    return exact, oracle.plain(*question, truth=exact), oracle.blurred(*question)
+
+
+def check_results(call, results, terms=1):
+    """The 2x rule for results that came another way than by the call."""
+    judges = judge(call, gradients=False)
+    for name, result in results.items():
+        check_close(
+            call.op, name, result, *(j.results[name] for j in judges), terms=terms, note=call.note
+        )
+
+
+def products_eps(dtype, device):
+    """The eps of what ssd_chunk_scan adds up in its states, for arguments of a type."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.finfo(dtype if device == "cuda" else wide).eps
+
+
 def check_call(call, rerun=True):
     """All that holds for every call: 2x rule, red zones, inputs untouched, repeatable bits."""
-    judges = [
-        judge(call.op, call.arguments, call.differentiable, call.cotangents or None)
-        for judge in (oracle.exact, oracle.plain, oracle.blurred)
-    ]
+    judges = judge(call)
     terms = max([1, *(longest_sum(a) for a in call.arguments.values() if torch.is_tensor(a))])
     outcome = run(call)
     call.arena.check(mutable=call.mutable)

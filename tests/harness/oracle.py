@@ -11,6 +11,11 @@ arguments and are differentiable by autograd, which gives two judges from one te
 `blurred` is the truth for arguments that are off by the last place of the precision inside: how far
 it moves says how much of the truth that precision can know at all.
 
+Matrix products of 16-bit types on a GPU take operands of that type. Where an operation is made of
+such products, the plain version of a call on a GPU moves their operands by up to one unit of the
+last place: by chance, but equal numbers alike, so that none has a small error by luck; plain(...)
+is the worst of several.
+
 An operation that updates a state in place returns the new state among its results here.
 """
 
@@ -32,9 +37,72 @@ def exact(op, arguments, differentiable=(), cotangents=None):
     return _evaluate(op, arguments, differentiable, cotangents, torch.float64, rounded=False)
 
 
-def plain(op, arguments, differentiable=(), cotangents=None):
+def plain(op, arguments, differentiable=(), cotangents=None, truth=None):
+    """truth: what exact(...) gives, for calls whose operands are rounded; computed if not given."""
     inside = _precision_inside(arguments)
-    return _evaluate(op, arguments, differentiable, cotangents, inside, rounded=True)
+    if products_eps(op, arguments) == 0:
+        return _evaluate(op, arguments, differentiable, cotangents, inside, rounded=True)
+    truth = truth or exact(op, arguments, differentiable, cotangents)
+    outcomes = []
+    for seed in range(8):
+        inner = {"products": Products(arguments["x"].dtype, seed)}
+        outcomes.append(_evaluate(op, arguments, differentiable, cotangents, inside, True, inner))
+    return Outcome(
+        *(
+            {name: _worst(exact, [getattr(o, kind)[name] for o in outcomes]) for name, exact in of}
+            for kind, of in (
+                ("results", truth.results.items()),
+                ("gradients", truth.gradients.items()),
+            )
+        )
+    )
+
+
+class Products:
+    """What rounding does to the operands of matrix products, in steps of `chunk` tokens."""
+
+    chunk = 64
+
+    def __init__(self, dtype, seed):
+        self.dtype = dtype
+        self.seed = seed
+
+    def _moved(self, value):
+        value = value.detach()
+        digits = (value.float().view(torch.int32).long() + self.seed * 0x9E3779B1) % 2**32
+        for _ in range(2):  # a hash
+            digits = (digits ^ digits >> 16) * 0x45D9F3B % 2**32
+        _, exponent = torch.frexp(value)
+        ulp = torch.ldexp(torch.full_like(value, torch.finfo(self.dtype).eps), exponent - 1)
+        return value + torch.where(value == 0, 0, ulp * (digits / 2**31 - 1))
+
+    def operand(self, value):
+        """Moved, and so is its gradient."""
+        return self.gradient_operand(value + (self._moved(value) - value.detach()))
+
+    def gradient_operand(self, value):
+        """Itself, but its gradient is moved."""
+        value = value + 0
+        if value.requires_grad:
+            value.register_hook(self._moved)
+        return value
+
+
+def _worst(truth, values):
+    """In each place the value that is furthest from the truth."""
+    worst = values[0]
+    for value in values[1:]:
+        further = (value.double() - truth).abs() > (worst.double() - truth).abs()
+        worst = torch.where(further, value, worst)
+    return worst
+
+
+def products_eps(op, arguments):
+    """The eps of the operands of matrix products, where they have fewer digits than the sums."""
+    x = arguments.get("x")
+    if op != "ssd_chunk_scan" or not x.is_cuda or x.dtype.itemsize != 2:
+        return 0
+    return torch.finfo(x.dtype).eps
 
 
 def blurred(op, arguments, differentiable=(), cotangents=None):
@@ -59,7 +127,8 @@ def blurred(op, arguments, differentiable=(), cotangents=None):
             value.register_hook(blur)
         return value
 
-    return _evaluate(op, arguments, differentiable, cotangents, torch.float64, False, hand_on)
+    inner = {"hand_on": hand_on} if op in COMPOSITES else {}
+    return _evaluate(op, arguments, differentiable, cotangents, torch.float64, False, inner)
 
 
 def _precision_inside(arguments):
@@ -89,7 +158,13 @@ def _evaluate(*arguments, **options):
 
 
 def _evaluate_serially(
-    op, arguments, differentiable, cotangents, inside, rounded, hand_on=lambda tensor: tensor
+    op,
+    arguments,
+    differentiable,
+    cotangents,
+    inside,
+    rounded,
+    inner=None,
 ):
     arguments = {
         name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
@@ -103,13 +178,12 @@ def _evaluate_serially(
         arguments[name].requires_grad_()
 
     with torch.enable_grad():
-        inner = {name: _in_precision(value, inside) for name, value in arguments.items()}
+        inner = {name: _in_precision(v, inside) for name, v in arguments.items()} | (inner or {})
         if op == "layer_norm" and rounded:
             inner["stored"] = lambda s: s.to(result_dtype(op, "residual_out", own)).to(inside)
         if op in COMPOSITES:
             if rounded:
-                hand_on = lambda tensor: tensor.to(own[COMPOSITES[op]]).to(inside)  # noqa: E731
-            inner["hand_on"] = hand_on
+                inner["hand_on"] = lambda tensor: tensor.to(own[COMPOSITES[op]]).to(inside)
         results = REFERENCES[op](**inner)
     if rounded:
         results = {name: r.to(result_dtype(op, name, own)) for name, r in results.items()}
@@ -353,14 +427,24 @@ def selective_scan(
     return {"out": y, "last_state": last_state}
 
 
-def _heads(h, x, d, A, B, C):
+def _heads(h, x, d, A, B, C, products=None):
     """h (nheads, headdim, dstate) and one list of tokens -> [y (nheads, headdim)], last h."""
     y = []
-    for x_t, d_t, B_t, C_t in zip(x, d, B, C):
+    for t, (x_t, d_t, B_t, C_t) in enumerate(zip(x, d, B, C)):
         decay = torch.exp(d_t * A)[:, None, None]
-        h = decay * h + (d_t[:, None] * x_t)[:, :, None] * B_t[:, None, :]
-        y.append((h * C_t[:, None, :]).sum(-1))
-    return y, h
+        added = d_t[:, None] * x_t
+        if products is None:
+            h = decay * h + added[:, :, None] * B_t[:, None, :]
+            y.append((h * C_t[:, None, :]).sum(-1))
+            continue
+        if t % products.chunk == 0:  # what tokens see of the state before a chunk
+            h = products.gradient_operand(h)
+            seen = products.operand(h)
+        added = products.operand(added)[:, :, None] * B_t[:, None, :]
+        h = decay * h + added
+        seen = decay * seen + added
+        y.append((seen * C_t[:, None, :]).sum(-1))
+    return y, h if products is None else products.gradient_operand(h)
 
 
 def ssd_chunk_scan(
@@ -378,7 +462,9 @@ def ssd_chunk_scan(
     dt_softplus=False,
     dt_min=0.0,
     dt_max=None,
+    products=None,
 ):
+    """`products` says what happens to factors of matrix products that are no arguments."""
     batch, seqlen, nheads, headdim = x.shape
     d = dt if dt_bias is None else dt + dt_bias
     if dt_softplus:
@@ -403,7 +489,7 @@ def ssd_chunk_scan(
             if i > 0:
                 h = torch.zeros_like(h)
             where = [t for t in range(begin + first, begin + last + 1) if ids[t] >= 0]
-            ys, h = _heads(h, x[b, where], d[b, where], A, B[b, where], C[b, where])
+            ys, h = _heads(h, x[b, where], d[b, where], A, B[b, where], C[b, where], products)
             for t, y_t in zip(where, ys):
                 y[b][t] = y_t
         final_states.append(h[None])
@@ -413,6 +499,8 @@ def ssd_chunk_scan(
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]) * x
     if z is not None:
+        if products is not None:
+            y = products.operand(y)
         y = y * (z * torch.sigmoid(z))
     if seq_idx is not None:
         y = torch.where((seq_idx >= 0)[..., None, None], y, 0)

@@ -348,8 +348,10 @@ def _rows(derived=False):
 
 
 def _spoiled(call, argument, spoil):
-    value = call.arguments.get(argument)
-    return spoil(value) if callable(spoil) else spoil
+    if isinstance(spoil, torch.Tensor):
+        device = next(v.device for v in call.arguments.values() if isinstance(v, torch.Tensor))
+        return spoil.to(device)
+    return spoil(call.arguments.get(argument)) if callable(spoil) else spoil
 
 
 def check_message(message, op, argument, words):
@@ -393,7 +395,10 @@ def test_wrong_argument_under_tracing(case, argument, spoil, words, others, grad
 
 
 def _tensor_arguments():
-    only = {id(ROWSCALE): "rowscale", id(INNER2_PACKED): "seq_idx"}  # the others have had their turn
+    only = {
+        id(ROWSCALE): "rowscale",
+        id(INNER2_PACKED): "seq_idx",
+    }  # the others have had their turn
     rows = []
     for case, _ in TABLES:
         for name, value in case.call().arguments.items() if case is not COMPLEX else ():

@@ -405,6 +405,25 @@ def test_exact_cases_are_exact():
     assert judged > 0.9 * total
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_plain_version_of_matrix_products(dtype, monkeypatch):
+    """Where operands are rounded, errors are a few of their last places, in states too."""
+    call = cases.Ssd(dtype=dtype, seqlen=70).call()
+    question = (call.op, call.arguments, call.differentiable, call.cotangents)
+    truth, fine = oracle.exact(*question), oracle.plain(*question)
+    eps = torch.finfo(dtype).eps
+    monkeypatch.setattr(oracle, "products_eps", lambda op, arguments: eps)
+    coarse = oracle.plain(*question, truth=truth)
+    for kind, name in (("results", "final_states"), ("gradients", "A"), ("gradients", "D")):
+        exact = getattr(truth, kind)[name]
+        error, small = ((getattr(o, kind)[name] - exact).abs().max() for o in (coarse, fine))
+        assert small < 0.01 * eps * exact.abs().max()
+        assert 0.1 * eps * exact.abs().max() < error < 4 * eps * exact.abs().max()
+    call.arguments["x"].zero_()  # what is 0 stays 0
+    call.arguments["initial_states"].zero_()
+    assert (oracle.plain(call.op, call.arguments).results["final_states"] == 0).all()
+
+
 # Poison ------------------------------------------------------------------------------------------
 
 

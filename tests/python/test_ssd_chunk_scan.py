@@ -203,18 +203,6 @@ def test_any_split_equals_the_whole(cuts, packing, dtype, device):
     compare.check_call(pieces)
 
 
-def check_results(call, results):
-    """The 2x rule for results that came another way."""
-    judges = [
-        judge(call.op, call.arguments).results
-        for judge in (oracle.exact, oracle.plain, oracle.blurred)
-    ]
-    for name, result in results.items():
-        compare.check_close(
-            call.op, name, result, *(j[name] for j in judges), terms=70, note=call.note
-        )
-
-
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("packing", ["packed", "padded"])
 def test_split_inside_packed_sequences(dtype, packing, device):
@@ -225,7 +213,7 @@ def test_split_inside_packed_sequences(dtype, packing, device):
             t for t in range(1, 30) if (ids[:, t - 1] == ids[:, t]).all() and (ids[:, t] >= 0).all()
         ]
         if cuts:
-            check_results(call, split(call.arguments, cuts))
+            compare.check_results(call, split(call.arguments, cuts), terms=30)
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
@@ -262,7 +250,7 @@ def test_step_by_step(dtype, softplus, D, device):
     expected = call.invoke()
     loose = torch.finfo(dtype).eps * 32
     torch.testing.assert_close(torch.stack(out, dim=1), expected["out"], rtol=loose, atol=loose)
-    loose = torch.finfo(state.dtype).eps * 32
+    loose = compare.products_eps(dtype, device) * 32
     torch.testing.assert_close(state, expected["final_states"], rtol=loose, atol=loose)
 
 
@@ -281,7 +269,7 @@ def test_packed_equals_separate(lengths, dtype, device):
 
     both_out, both_states = scan(**a, seq_idx=ids)  # ids that say nothing new
     tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
-    exact = {"rtol": 0, "atol": 64 * torch.finfo(cut_states.dtype).eps}
+    exact = {"rtol": 0, "atol": 64 * compare.products_eps(dtype, device)}
     torch.testing.assert_close(both_out, cut_out, **tolerance)
     torch.testing.assert_close(both_states, cut_states, **exact)
 
