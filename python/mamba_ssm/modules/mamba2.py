@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from mamba_ssm.modules._hub import HubMixin
 from mamba_ssm.modules._parts import is_plain, read_cache, states_from_cache, upcast
 from mamba_ssm.ops.triton._chunks import sequence_ids
 from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated
@@ -34,7 +35,7 @@ def _behind_history(x, history, cu_seqlens):
     return longer.transpose(1, 2), offsets, tokens
 
 
-class Mamba2(nn.Module):
+class Mamba2(nn.Module, HubMixin):
     """Mamba-2 block, (batch, seqlen, d_model) to the same shape.
 
     With a process_group the ranks share the heads, groups and channels: in_proj is a
