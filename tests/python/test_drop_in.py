@@ -107,6 +107,32 @@ SIGNATURES = {
     "mamba_ssm.models.mixer_seq_simple:create_block": "d_model, d_intermediate=0, ssm_cfg=None, "
     "attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-05, rms_norm=False, "
     "residual_in_fp32=False, fused_add_norm=False, layer_idx=None, device=None, dtype=None",
+    "mamba_ssm.distributed.distributed_utils:all_gather_raw": "input_, process_group, "
+    "async_op=False",
+    "mamba_ssm.distributed.distributed_utils:reduce_scatter_raw": "input_, process_group, "
+    "async_op=False",
+    "mamba_ssm.distributed.distributed_utils:all_reduce_raw": "input_, process_group, "
+    "async_op=False",
+    "mamba_ssm.distributed.distributed_utils:sync_shared_params": "model, process_group",
+    "mamba_ssm.distributed.distributed_utils:allreduce_sequence_parallel_grad": "model, "
+    "process_group",
+    "mamba_ssm.distributed.distributed_utils:get_dim_for_local_rank": "dim, world_size, "
+    "local_rank, multiple_of=1",
+    "mamba_ssm.distributed.tensor_parallel:parallel_linear_func": "x, weight, bias=None, "
+    "process_group=None, sequence_parallel=True",
+    "mamba_ssm.distributed.tensor_parallel:ColumnParallelLinear": "in_features, out_features, "
+    "process_group, bias=True, sequence_parallel=True, multiple_of=1, device=None, dtype=None",
+    "mamba_ssm.distributed.tensor_parallel:RowParallelLinear": "in_features, out_features, "
+    "process_group, bias=True, sequence_parallel=True, multiple_of=1, device=None, dtype=None",
+    "mamba_ssm.distributed.tensor_parallel:VocabParallelEmbedding": "num_embeddings, *args, "
+    "process_group=None, padding_idx=None, **kwargs",
+    "mamba_ssm.distributed.tensor_parallel:ColumnParallelEmbedding": "num_embeddings, "
+    "embedding_dim, *args, process_group=None, **kwargs",
+    "mamba_ssm.distributed.tensor_parallel:ParallelEmbeddings": "embed_dim, vocab_size, "
+    "max_position_embeddings, process_group, padding_idx=None, sequence_parallel=True, "
+    "device=None, dtype=None",
+    "mamba_ssm.distributed.tensor_parallel:ParallelEmbeddings.forward": "self, input_ids, "
+    "position_ids=None, combine_batch_seqlen_dim=False",
     "causal_conv1d:causal_conv1d_fn": "x, weight, bias=None, seq_idx=None, initial_states=None, "
     "return_final_states=False, final_states_out=None, activation=None",
     "causal_conv1d:causal_conv1d_update": "x, conv_state, weight, bias=None, activation=None, "
@@ -144,6 +170,9 @@ NAMES = {
     "mamba_ssm.ops.triton.layernorm": "RMSNorm LayerNormFn layer_norm_ref rms_norm_ref "
     "layer_norm_linear_fn _layer_norm_fwd",
     "mamba_ssm.ops.triton.layernorm_gated": "LayerNormFn _layer_norm_fwd _layer_norm_bwd",
+    "mamba_ssm.distributed.distributed_utils": "AllGatherFunc ReduceScatterFunc AllReduceFunc "
+    "all_gather reduce_scatter all_reduce",
+    "mamba_ssm.distributed.tensor_parallel": "ParallelLinearFunc",
     "mamba_ssm.modules.block": "Block",
     "mamba_ssm.models.config_mamba": "MambaConfig",
     "mamba_ssm.models.mixer_seq_simple": "MixerModel _init_weights",

@@ -1,6 +1,7 @@
 """Mamba2 and Mamba2Simple: parameters, their two paths, packed rows, caches, compilation."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,8 +83,9 @@ def test_sizes_that_do_not_fit_are_refused():
         Mamba2(d_model=16, d_ssm=64)
     with pytest.raises(ValueError, match="d_ssm / headdim = 4, got 3"):
         Mamba2(d_model=16, headdim=8, ngroups=3)
-    with pytest.raises(NotImplementedError, match="process_group"):
-        Mamba2(d_model=64, process_group=object())
+    two_ranks = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with pytest.raises(ValueError, match="ngroups = 1 must be a multiple of the 2 ranks"):
+        Mamba2(d_model=64, process_group=two_ranks)
     with pytest.raises(ValueError, match=r"d_model=12\), got \(2, 9, 13\)"):
         make("cpu")(torch.zeros(2, 9, 13, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"batch = 1, got u of shape \(2, 9, 12\)"):

@@ -15,6 +15,7 @@ from mamba_ssm.modules.block import Block, add_norm
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.triton.layer_norm import RMSNorm
+from mamba_ssm.utils._safetensors import load_safetensors, save_safetensors
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
@@ -217,7 +218,7 @@ class MambaLMHeadModel(nn.Module):
         state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:
             del state_dict["lm_head.weight"]
-        _save_safetensors(state_dict, folder / "model.safetensors")
+        save_safetensors(state_dict, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name, device=None, dtype=None, **kwargs):
@@ -234,7 +235,7 @@ class MambaLMHeadModel(nn.Module):
                 )
         config = MambaConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         model = cls(config, device=device, dtype=dtype, **kwargs)
-        state_dict = _load_safetensors(folder / "model.safetensors")
+        state_dict = load_safetensors(folder / "model.safetensors")
         if config.tie_embeddings:  # a writer may have kept either name or both
             embedding, head = "backbone.embedding.weight", "lm_head.weight"
             for name, twin in ((embedding, head), (head, embedding)):
@@ -242,24 +243,3 @@ class MambaLMHeadModel(nn.Module):
                     state_dict[name] = state_dict[twin]
         model.load_state_dict(state_dict)
         return model
-
-
-def _save_safetensors(tensors, path):
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        from mamba_ssm import _C
-
-        _C.save_safetensors(str(path), tensors)
-    else:
-        save_file(tensors, path)
-
-
-def _load_safetensors(path):
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        from mamba_ssm import _C
-
-        return _C.load_safetensors(str(path))
-    return load_file(path)

@@ -1,11 +1,14 @@
 """The Mamba-2 block (arXiv 2405.21060, section 7)."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from mamba_ssm.modules._hub import HubMixin
 from mamba_ssm.modules._parts import is_plain, read_cache, states_from_cache, upcast
 from mamba_ssm.ops.triton._chunks import sequence_ids
 from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated
@@ -32,8 +35,14 @@ def _behind_history(x, history, cu_seqlens):
     return longer.transpose(1, 2), offsets, tokens
 
 
-class Mamba2(nn.Module):
+class Mamba2(nn.Module, HubMixin):
     """Mamba-2 block, (batch, seqlen, d_model) to the same shape.
+
+    With a process_group the ranks share the heads, groups and channels: in_proj is a
+    ColumnParallelLinear, out_proj a RowParallelLinear, and the attributes d_inner, d_ssm, nheads,
+    ngroups and all parameters are this rank's. Rank r has the r-th part of every parameter: of
+    in_proj and conv1d, of each of their sections of rows (z0, x0, z, x, B, C, dt), and of
+    out_proj.weight, of each of its sections of columns (MLP, scan). out_proj.bias is rank 0's.
 
     Arguments:
         d_model: width of input and output.
@@ -55,8 +64,10 @@ class Mamba2(nn.Module):
         use_mem_eff_path: use the fused operation where it computes the same: without a cache, and
             with submodules that are plain ones without hooks.
         layer_idx: key of this layer in an inference cache.
-        process_group: must be None, tensor parallelism is not available; sequence_parallel then
-            has no meaning.
+        process_group: the ranks that share the block. Their number divides d_inner, d_ssm and
+            ngroups.
+        sequence_parallel: with a process_group, each rank has its part of the tokens, split along
+            the first dimension, and gets that part of the result; else every rank has all tokens.
 
     D is float32 for every dtype but float64. Raises ValueError for sizes that do not fit.
     """
@@ -90,10 +101,6 @@ class Mamba2(nn.Module):
         dtype=None,
     ):
         name = type(self).__name__
-        if process_group is not None:
-            raise NotImplementedError(
-                f"{name}: tensor parallelism (process_group) is not available yet"
-            )
         factory_kwargs = {"device": device, "dtype": dtype}
         super().__init__()
         self.d_model = d_model
@@ -103,26 +110,32 @@ class Mamba2(nn.Module):
         self.expand = expand
         self.process_group = process_group
         self.sequence_parallel = sequence_parallel
-        self.world_size = 1
-        self.local_rank = 0
-        self.d_inner = int(self.expand * self.d_model)
+        self.world_size = 1 if process_group is None else process_group.size()
+        self.local_rank = 0 if process_group is None else process_group.rank()
+        d_inner = int(self.expand * self.d_model)
+        d_ssm = d_inner if d_ssm is None else d_ssm
+        if not 0 < d_ssm <= d_inner:
+            raise ValueError(f"{name}: d_ssm must be from 1 to d_inner = {d_inner}, got {d_ssm}")
+        for size, value in {"d_inner": d_inner, "d_ssm": d_ssm, "ngroups": ngroups}.items():
+            if value % self.world_size != 0:
+                raise ValueError(
+                    f"{name}: {size} = {value} must be a multiple of the {self.world_size} ranks "
+                    "of process_group"
+                )
+        self.d_inner = d_inner // self.world_size
         self.headdim = headdim
-        self.d_ssm = self.d_inner if d_ssm is None else d_ssm
-        self.ngroups = ngroups
-        if not 0 < self.d_ssm <= self.d_inner:
-            raise ValueError(
-                f"{name}: d_ssm must be from 1 to d_inner = {self.d_inner}, got {self.d_ssm}"
-            )
+        self.d_ssm = d_ssm // self.world_size
+        self.ngroups = ngroups // self.world_size
         if headdim < 1 or self.d_ssm % headdim != 0:
             raise ValueError(
                 f"{name}: headdim must divide d_ssm = {self.d_ssm}: pass headdim=..., "
                 f"got {headdim}"
             )
         self.nheads = self.d_ssm // self.headdim
-        if ngroups < 1 or self.nheads % ngroups != 0:
+        if ngroups < 1 or self.nheads % self.ngroups != 0:
             raise ValueError(
                 f"{name}: ngroups must divide the number of heads, d_ssm / headdim = "
-                f"{self.nheads}, got {ngroups}"
+                f"{self.nheads}, got {self.ngroups}"
             )
         self.D_has_hdim = D_has_hdim
         self.rmsnorm = rmsnorm
@@ -136,7 +149,9 @@ class Mamba2(nn.Module):
         # Rows of in_proj: z0, x0 (d_mlp each), z (d_ssm), x (d_ssm), B, C (ngroups * d_state), dt.
         matrices = 2 * self.ngroups * self.d_state
         d_in_proj = 2 * self.d_inner + matrices + self.nheads
-        self.in_proj = nn.Linear(self.d_model, d_in_proj, bias=bias, **factory_kwargs)
+        self.in_proj = self._linear(ColumnParallelLinear)(
+            self.d_model, self.world_size * d_in_proj, bias=bias, **factory_kwargs
+        )
         self.conv1d = nn.Conv1d(
             in_channels=self.d_ssm + matrices,
             out_channels=self.d_ssm + matrices,
@@ -174,10 +189,16 @@ class Mamba2(nn.Module):
                 group_size=self.d_ssm // self.ngroups,
                 **factory_kwargs,
             )
-        self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=bias, **factory_kwargs)
+        self.out_proj = self._linear(RowParallelLinear)(
+            d_inner, self.d_model, bias=bias, **factory_kwargs
+        )
 
     def forward(self, u, seqlen=None, seq_idx=None, cu_seqlens=None, inference_params=None):
         """u (batch, seqlen, d_model), with `seqlen` (batch * seqlen, d_model), to the same shape.
+
+        With sequence_parallel over a process group, u is this rank's part of that along the first
+        dimension, and so is the result; every other argument is about all tokens, and caches are of
+        the whole batch.
 
         seq_idx (batch, seqlen) or cu_seqlens (num_sequences + 1,), with batch 1, pack several
         sequences into a row, as in mamba_chunk_scan_combined: none sees another.
@@ -187,30 +208,40 @@ class Mamba2(nn.Module):
         With cu_seqlens the cache has a state for each sequence, and seq_idx is not looked at.
         """
         name = type(self).__name__
-        if seqlen is not None and u.dim() == 2:
-            return self.forward(
-                u.unflatten(0, (-1, seqlen)), None, seq_idx, cu_seqlens, inference_params
-            ).flatten(0, 1)
-        if u.dim() != 3 or u.shape[2] != self.d_model:
+        flat = seqlen is not None and u.dim() == 2
+        if u.dim() != 3 - flat or u.shape[-1] != self.d_model:
             raise ValueError(
                 f"{name}: u must have shape (batch, seqlen, d_model={self.d_model}), "
                 f"got {tuple(u.shape)}"
             )
-        if cu_seqlens is not None and u.shape[0] != 1:
+        batch = u.shape[0] * (self.world_size if self.sequence_parallel else 1)
+        if flat:
+            if batch % seqlen != 0:
+                raise ValueError(
+                    f"{name}: seqlen = {seqlen} must divide the {batch} tokens of u, on all ranks"
+                )
+            batch //= seqlen
+        else:
+            seqlen = u.shape[1]
+        if cu_seqlens is not None and batch != 1:
             raise ValueError(
                 f"{name}: cu_seqlens needs u with batch = 1, got u of shape {tuple(u.shape)}"
             )
-        if inference_params is not None:
-            batch = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            states = self._get_states_from_cache(inference_params, batch)
-            continues = inference_params.seqlen_offset > 0
-            if continues and u.shape[1] == 1 and seq_idx is None and cu_seqlens is None:
-                return self.step(u, *states)[0]
-            return self._forward_cached(u, seq_idx, cu_seqlens, *states, continues)
-        return self._forward(u, seq_idx, cu_seqlens)
+        if inference_params is None:
+            return self._forward(u, seq_idx, cu_seqlens, seqlen=seqlen)
+        cached = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        states = self._get_states_from_cache(inference_params, cached)
+        continues = inference_params.seqlen_offset > 0
+        if continues and seqlen == 1 and seq_idx is None and cu_seqlens is None:
+            out = self.step(u[:, None] if flat else u, *states)[0]
+            return out[:, 0] if flat else out
+        return self._forward_cached(u, seqlen, seq_idx, cu_seqlens, *states, continues)
 
     def step(self, hidden_states, conv_state, ssm_state):
         """One token, hidden_states (batch, 1, d_model). Both states are updated in place.
+
+        With sequence_parallel over a process group, hidden_states and out are this rank's part of
+        the batch, the states those of the whole batch.
 
         conv_state (batch, channels, d_conv) holds the last inputs of the convolution and ssm_state
         (batch, nheads, headdim, d_state) the state of the scan. Returns (out, conv_state,
@@ -257,7 +288,8 @@ class Mamba2(nn.Module):
             dt_bias=None if dt_bias is None else per_channel(dt_bias),
             dt_softplus=softplus,
         )
-        return self._project_out(z0, x0, z, y.flatten(1))[:, None], conv_state, ssm_state
+        out = self.out_proj(self._gate(z0, x0, z, y.flatten(1)))
+        return out[:, None], conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """Zero states (conv_state, ssm_state) for step; max_seqlen does not matter."""
@@ -281,6 +313,14 @@ class Mamba2(nn.Module):
 
     def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):
         return states_from_cache(self, inference_params, batch_size, initialize_states)
+
+    def _linear(self, parallel):
+        """Class of a projection: nn.Linear, or `parallel` over the process group."""
+        if self.process_group is None:
+            return nn.Linear
+        return partial(
+            parallel, process_group=self.process_group, sequence_parallel=self.sequence_parallel
+        )
 
     def _A(self):
         return -torch.exp(upcast(self.A_log))
@@ -307,14 +347,20 @@ class Mamba2(nn.Module):
         return x.unflatten(-1, (self.nheads, self.headdim)), B, C
 
     def _is_fusible(self):
+        linear = nn.Linear if self.process_group is None else RowParallelLinear
         return (
             is_plain(self.conv1d, nn.Conv1d)
-            and is_plain(self.out_proj, nn.Linear)
+            and is_plain(self.out_proj, linear)
             and (not self.rmsnorm or is_plain(self.norm, RMSNormGated))
         )
 
-    def _forward(self, u, seq_idx=None, cu_seqlens=None, initial_states=None):
+    def _project_in(self, u, seqlen):
+        """Tokens as forward takes them to (batch, seqlen, d_in_proj)."""
         zxbcdt = self.in_proj(u)
+        return zxbcdt.unflatten(0, (-1, seqlen)) if u.dim() == 2 else zxbcdt
+
+    def _forward(self, u, seq_idx=None, cu_seqlens=None, initial_states=None, seqlen=None):
+        zxbcdt = self._project_in(u, seqlen)
         dt_min, dt_max = self._dt_range()
         if self.use_mem_eff_path and self._is_fusible():
             out, _ = ops.mamba2_inner(
@@ -337,19 +383,20 @@ class Mamba2(nn.Module):
                 dt_min=dt_min,
                 dt_max=dt_max,
             )
-            return out
+            out = out.flatten(0, 1) if u.dim() == 2 else out
+            return out if self.process_group is None else self.out_proj.reduce(out)
         z0, x0, z, xBC, dt = self._split(zxbcdt)
         conv_seq_idx = seq_idx
         if cu_seqlens is not None:
-            conv_seq_idx = sequence_ids(cu_seqlens, u.shape[1], seq_idx)
+            conv_seq_idx = sequence_ids(cu_seqlens, zxbcdt.shape[1], seq_idx)
         xBC, _ = self._convolve(xBC.transpose(1, 2), conv_seq_idx)
         y, _ = self._scan(z, xBC, dt, initial_states, seq_idx, cu_seqlens)
-        return self._project_out(z0, x0, z, y)
+        return self._project_out(z0, x0, z, y, u)
 
-    def _forward_cached(self, u, seq_idx, cu_seqlens, conv_state, ssm_state, continues):
+    def _forward_cached(self, u, seqlen, seq_idx, cu_seqlens, conv_state, ssm_state, continues):
         """The block part by part. Leaves the states after the last token in conv_state and
         ssm_state, and starts from them if `continues`."""
-        z0, x0, z, xBC, dt = self._split(self.in_proj(u))
+        z0, x0, z, xBC, dt = self._split(self._project_in(u, seqlen))
         inputs = xBC.transpose(1, 2)  # (batch, channels, seqlen)
         past = torch.zeros_like(conv_state, dtype=inputs.dtype)
         if continues:
@@ -372,7 +419,7 @@ class Mamba2(nn.Module):
         y, final_states = self._scan(z, xBC, dt, initial_states, seq_idx, cu_seqlens)
         conv_state.copy_(columns[..., -self.d_conv :])
         ssm_state.copy_(final_states.detach())
-        return self._project_out(z0, x0, z, y)
+        return self._project_out(z0, x0, z, y, u)
 
     def _convolve(self, x, seq_idx=None, history=None):
         """(batch, channels, seqlen) behind history (batch, channels, d_conv - 1): the convolution
@@ -412,9 +459,15 @@ class Mamba2(nn.Module):
         )
         return y.flatten(2), final_states
 
-    def _project_out(self, z0, x0, z, y):
+    def _project_out(self, z0, x0, z, y, u):
+        """y (batch, seqlen, d_ssm) to tokens as forward got them in u."""
+        y = self._gate(z0, x0, z, y)
+        return self.out_proj(y.flatten(0, 1) if u.dim() == 2 else y)
+
+    def _gate(self, z0, x0, z, y):
+        """Input of out_proj: y, normalized, behind the MLP."""
         if self.rmsnorm:
             y = self.norm(y, z)
         if self.d_ssm < self.d_inner:
             y = torch.cat([F.silu(z0) * x0, y], dim=-1)
-        return self.out_proj(y)
+        return y

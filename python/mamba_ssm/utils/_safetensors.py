@@ -1,0 +1,24 @@
+"""Files of tensors by name, through the package safetensors or else our own reader and writer."""
+
+
+def save_safetensors(tensors, path):
+    """Writes contiguous tensors that share no memory."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        from mamba_ssm import _C
+
+        _C.save_safetensors(str(path), tensors)
+    else:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_safetensors(path):
+    """CPU tensors by name."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        from mamba_ssm import _C
+
+        return _C.load_safetensors(str(path))
+    return load_file(path)
