@@ -160,8 +160,9 @@ def test_long_rotary_positions_keep_their_precision():
     mha = make(dtype=torch.bfloat16, rotary_emb_dim=6).to(torch.bfloat16)
     x = torch.zeros(1, 1, 1, 6, dtype=torch.bfloat16)
     x[..., 0] = 1
-    turned = mha.rotary_emb(x, torch.tensor([100_003]))
-    assert turned[0, 0, 0, 0].item() == pytest.approx(math.cos(100_003), abs=4e-3)
+    turned = mha.rotary_emb(x, torch.tensor([100_001]))
+    assert turned[0, 0, 0, 0].item() == pytest.approx(math.cos(100_001), abs=4e-3)
+    assert turned[0, 0, 0, 3].item() == pytest.approx(math.sin(100_001), abs=4e-3)
 
 
 # With a cache -----------------------------------------------------------------------------------
@@ -177,6 +178,8 @@ def run_in_pieces(mha, x, pieces, lengths=False):
         params.seqlen_offset += piece.shape[1]
         if lengths:
             params.lengths_per_sample += piece.shape[1]
+    states = params.key_value_memory_dict[0]
+    assert not any(state.requires_grad for state in states if state is not None)
     return torch.cat(outs, dim=1)
 
 
@@ -334,6 +337,73 @@ def test_graph_replays_at_any_position(device):
             graph.replay()
             outs.append(out.clone())
         torch.testing.assert_close(torch.cat(outs, dim=1), mha(x))
+
+
+# Packed sequences -------------------------------------------------------------------------------
+
+
+@options
+@pytest.mark.parametrize("packing", ["seq_idx", "cu_seqlens", "both"])
+def test_packed_sequences_are_apart(device, options, packing):
+    """Each as it would be alone; padding has results and gradients of nothing."""
+    mha, x = make(device, **options), tokens(device, seqlen=9, batch=1).requires_grad_()
+    ids = [[4, 4, 4, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, -1, 1, 1, -7]][packing == "both"]
+    kwargs = {}
+    if packing != "cu_seqlens":
+        kwargs["seq_idx"] = torch.tensor([ids], device=device)
+    if packing != "seq_idx":
+        kwargs["cu_seqlens"] = torch.tensor([0, 3, 4, 4, 9], dtype=torch.int32, device=device)
+    pieces = [(0, 3), (3, 4), (4, 9)] if packing != "both" else [(0, 3), (3, 4), (4, 5), (6, 8)]
+    out = mha(x, **kwargs)
+    for begin, end in pieces:
+        torch.testing.assert_close(out[:, begin:end], mha(x[:, begin:end]))
+    if packing == "both":
+        nothing = torch.zeros_like(out[:, 5])
+        if mha.out_proj.bias is not None:
+            nothing = nothing + mha.out_proj.bias
+        assert torch.equal(out[:, 5], nothing) and torch.equal(out[:, 8], nothing)
+        (gradient,) = torch.autograd.grad(out.square().sum(), x)
+        assert gradient[0, [5, 8]].count_nonzero() == 0 and gradient[0, 4].count_nonzero() > 0
+
+
+@causal_options
+@pytest.mark.parametrize("pieces", [[5], [2, 1, 2]], ids=str)
+def test_rows_of_different_lengths_from_the_start(device, options, pieces):
+    """Prompts with padding behind them are continued where they end."""
+    mha, x, lengths = make(device, **options), tokens(device), torch.tensor([2, 5], device=device)
+    whole = mha(x)
+    seq_idx = torch.where(torch.arange(5, device=device) < lengths[:, None], 0, -1)
+    params = InferenceParams(max_seqlen=7, max_batch_size=2)
+    with torch.no_grad():
+        for piece, ids in zip(x[:, :5].split(pieces, 1), seq_idx.split(pieces, 1), strict=True):
+            out = mha(piece, inference_params=params, seq_idx=ids)
+            start, stop = params.seqlen_offset, params.seqlen_offset + piece.shape[1]
+            torch.testing.assert_close(out[1], whole[1, start:stop])
+            params.seqlen_offset = stop
+        for t in range(2):
+            params.lengths_per_sample = lengths + t
+            params.seqlen_offset = 5 + t
+            piece = torch.stack([x[b, n + t] for b, n in enumerate(lengths)])[:, None]
+            out = mha(piece, inference_params=params)
+            expected = torch.stack([whole[b, n + t] for b, n in enumerate(lengths)])
+            torch.testing.assert_close(out[:, 0], expected)
+
+
+def test_bad_packing():
+    mha, x = make(d_conv=3), tokens()
+    params = InferenceParams(max_seqlen=7, max_batch_size=2)
+    with pytest.raises(ValueError, match=r"\(batch, seqlen\) = \(2, 7\), got \(2, 6\)"):
+        mha(x, seq_idx=torch.zeros(2, 6, dtype=torch.int32))
+    with pytest.raises(ValueError, match="batch = 1"):
+        mha(x, cu_seqlens=torch.tensor([0, 7]))
+    for ids in ([0, 0, 0, 1, 1, 1, 1], [-1, 0, 0, 0, 0, 0, 0]):
+        with pytest.raises(ValueError, match="one sequence per row"):
+            mha(x, params, seq_idx=torch.tensor([[0] * 7, ids]))
+    with pytest.raises(NotImplementedError, match="cu_seqlens"):
+        mha(x[:1], params, cu_seqlens=torch.tensor([0, 7]))
+    mha.conv1d.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="plain"):
+        mha(x, seq_idx=torch.zeros(2, 7, dtype=torch.int32))
 
 
 # As a module ------------------------------------------------------------------------------------

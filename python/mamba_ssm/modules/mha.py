@@ -5,6 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba_ssm.modules._parts import is_plain, read_cache
+from mamba_ssm.ops.triton._chunks import sequence_ids
 
 ops = torch.ops.mamba_ssm
 
@@ -153,13 +154,19 @@ class MHA(nn.Module):
             )
         self.out_proj = nn.Linear(out_dim, embed_dim, bias=out_proj_bias, **factory_kwargs)
 
-    def forward(self, x, inference_params=None):
+    def forward(self, x, inference_params=None, *, seq_idx=None, cu_seqlens=None):
         """x (batch, seqlen, embed_dim) to the same shape.
+
+        seq_idx (batch, seqlen), integers, packs several sequences into a row: tokens see those with
+        their own id only, and a negative id is padding. cu_seqlens (num_sequences + 1) describes
+        the sequences of a batch of 1 by their limits.
 
         With inference_params the tokens continue what the cache of this layer holds, from position
         seqlen_offset on. There, lengths_per_sample (batch), if it is not None, has the position of
         each row instead: shapes then do not depend on positions, so that a CUDA graph of the call
-        may be replayed at any. Raises ValueError for tokens behind the end of the cache (with
+        may be replayed at any. A cache holds one sequence per row: with it, seq_idx may only mark
+        padding behind that, in a causal module, and cu_seqlens is not available
+        (NotImplementedError). Raises ValueError for tokens behind the end of the cache (with
         lengths_per_sample the device raises).
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
@@ -168,9 +175,10 @@ class MHA(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         batch, seqlen, _ = x.shape
+        seq_idx = self._sequences(x, inference_params, seq_idx, cu_seqlens)
         qkv, mlp = self.in_proj(x).split([self.qkv_dim, self.mlp_dim], dim=-1)
         if self.d_conv > 0:
-            qkv = self._convolve(qkv, inference_params)
+            qkv = self._convolve(qkv, inference_params, seq_idx)
         heads = [self.num_heads, self.num_heads_kv, self.num_heads_kv]
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
 
@@ -186,6 +194,9 @@ class MHA(nn.Module):
             q, k = self.rotary_emb(q, positions), self.rotary_emb(k, positions)
 
         mask, is_causal = None, self.causal
+        if seq_idx is not None:
+            sees = seq_idx[:, :, None] == seq_idx[:, None, :]  # (batch, queries, keys)
+            mask, is_causal = (sees.tril() if self.causal else sees)[:, None], False
         if inference_params is not None:
             kv = self._update_kv_cache(torch.stack([k, v], dim=2), positions, inference_params)
             if inference_params.seqlen_offset > 0:
@@ -204,6 +215,8 @@ class MHA(nn.Module):
         if self.mlp_dim > 0:
             up, gate = mlp.chunk(2, dim=-1)
             out = torch.cat([out, up * F.silu(gate)], dim=-1)
+        if seq_idx is not None:
+            out = out.masked_fill(seq_idx[..., None] < 0, 0)
         return self.out_proj(out)
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
@@ -223,6 +236,33 @@ class MHA(nn.Module):
         if self.d_conv > 0:
             conv_state = torch.zeros(batch_size, self.qkv_dim, self.d_conv, **factory_kwargs)
         return kv_cache, conv_state
+
+    def _sequences(self, x, inference_params, seq_idx, cu_seqlens):
+        """The id (batch, seqlen) of each token's sequence, -1 at padding; None for one sequence."""
+        batch, seqlen, _ = x.shape
+        if seq_idx is not None:
+            if seq_idx.shape != (batch, seqlen):
+                raise ValueError(
+                    f"MHA: seq_idx must have shape (batch, seqlen) = {(batch, seqlen)}, "
+                    f"got {tuple(seq_idx.shape)}"
+                )
+            seq_idx = seq_idx.clamp(min=-1)
+        if cu_seqlens is not None:
+            if inference_params is not None:
+                raise NotImplementedError("MHA: cu_seqlens is not available with a cache")
+            if batch != 1:
+                raise ValueError(
+                    f"MHA: cu_seqlens needs x with batch = 1, got x of shape {tuple(x.shape)}"
+                )
+            seq_idx = sequence_ids(cu_seqlens, seqlen, seq_idx)
+        if inference_params is not None and seq_idx is not None and x.device.type == "cpu":
+            # A GPU would have to be waited for.
+            before, after = seq_idx[:, :-1], seq_idx[:, 1:]
+            if ((after != before) & (after >= 0)).any():
+                raise ValueError(
+                    "MHA: with a cache, seq_idx must be one sequence per row, then padding"
+                )
+        return seq_idx
 
     def _get_states_from_cache(self, inference_params, batch_size):
         """The states of this layer, made where there are none, or too small for a new sequence."""
@@ -269,7 +309,7 @@ class MHA(nn.Module):
         keys = torch.arange(num_keys, device=positions.device)
         return (keys <= last[..., None])[..., None, :, :]
 
-    def _convolve(self, qkv, inference_params):
+    def _convolve(self, qkv, inference_params, seq_idx):
         """The convolution over qkv (batch, seqlen, channels), behind its inputs in the cache."""
         x, conv_state, past = qkv.transpose(1, 2), None, None
         if inference_params is not None:
@@ -280,16 +320,22 @@ class MHA(nn.Module):
                 past = read_cache(conv_state, x.dtype)
         if is_plain(self.conv1d, nn.Conv1d):
             history = None if past is None else past[..., 1:]
-            y, _ = ops.causal_conv1d(
-                x, self.conv1d.weight.squeeze(1), self.conv1d.bias, initial_states=history
+            y, final_states = ops.causal_conv1d(
+                x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, history
+            )
+        elif seq_idx is not None:
+            raise NotImplementedError(
+                "MHA: packed sequences need a conv1d that is a plain torch.nn.Conv1d without hooks"
             )
         else:
             window = x if past is None else torch.cat([past, x], dim=-1)
             start = window.shape[-1] - x.shape[-1]
             y = self.conv1d(window)[..., start : start + x.shape[-1]].to(x.dtype)
         if conv_state is not None:
-            if past is None:
-                past = torch.zeros_like(conv_state)
-            columns = torch.cat([past, x.detach()], dim=-1)
+            if seq_idx is None:
+                past = torch.zeros_like(conv_state) if past is None else past
+                columns = torch.cat([past, x.detach()], dim=-1)
+            else:  # without the padding
+                columns = F.pad(final_states.detach(), (1, 0))
             conv_state.copy_(columns[..., -self.d_conv :])
         return y.transpose(1, 2)
