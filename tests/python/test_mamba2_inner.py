@@ -97,9 +97,7 @@ def test_gradcheck(case, device):
     properties.gradcheck(case.call(device), fast_mode=True)
 
 
-@table(
-    cases.variations(BASE, {"norm": False, "d_nonssm": 2}, {"batch": 1, "num_sequences": 3})
-)
+@table(cases.variations(BASE, {"norm": False, "d_nonssm": 2}, {"batch": 1, "num_sequences": 3}))
 def test_gradient_subsets(case, device):
     """Each gradient alone is that among all the others (to the rounding of torch's matmul)."""
     call = case.call(device)

@@ -1,9 +1,10 @@
-"""Language model: embedding, a stack of Mamba or Mamba-2 blocks, norm, head."""
+"""Language model: embedding, a stack of Mamba, Mamba-2 or attention blocks, norm, head."""
 
-import json
 import math
+import os
+import shutil
+import tempfile
 from collections import namedtuple
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.modules.block import Block, add_norm
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.mha import MHA
+from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.ops.triton.layer_norm import RMSNorm
-from mamba_ssm.utils._safetensors import load_safetensors, save_safetensors
+from mamba_ssm.utils._safetensors import save_safetensors
+from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
 MIXERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
 def create_block(
@@ -36,24 +41,33 @@ def create_block(
     device=None,
     dtype=None,
 ):
-    """Block layer_idx of a model. ssm_cfg: keyword arguments of the mixer, and in "layer" its kind,
-    "Mamba1" (the default) or "Mamba2"."""
+    """Block layer_idx of a model.
+
+    ssm_cfg has the keyword arguments of the mixer, and in "layer" its kind, "Mamba1" (the default)
+    or "Mamba2". Blocks in attn_layer_idx have MHA(**attn_cfg) as their mixer. d_intermediate is the
+    width of a GatedMLP behind the mixer, 0: none. Raises ValueError for an unknown kind.
+    """
     factory_kwargs = {"device": device, "dtype": dtype}
-    ssm_cfg = dict(ssm_cfg or {})
-    layer = ssm_cfg.pop("layer", "Mamba1")
-    if layer not in ("Mamba1", "Mamba2", "Mamba3"):
-        raise ValueError(f"create_block: unknown ssm_cfg layer {layer!r}")
-    if layer not in MIXERS:
-        raise NotImplementedError(f"create_block: layer {layer!r} is not available yet")
     if layer_idx in (attn_layer_idx or ()):
-        raise NotImplementedError("create_block: attention layers are not available yet")
+        mixer_cls = partial(MHA, layer_idx=layer_idx, **(attn_cfg or {}), **factory_kwargs)
+    else:
+        ssm_cfg = dict(ssm_cfg or {})
+        layer = ssm_cfg.pop("layer", "Mamba1")
+        if layer == "Mamba3":
+            raise NotImplementedError('create_block: layer "Mamba3" is not available yet')
+        if layer not in MIXERS:
+            raise ValueError(f"create_block: unknown ssm_cfg layer {layer!r}")
+        mixer_cls = partial(MIXERS[layer], layer_idx=layer_idx, **ssm_cfg, **factory_kwargs)
+    mlp_cls = nn.Identity
     if d_intermediate != 0:
-        raise NotImplementedError("create_block: an MLP (d_intermediate) is not available yet")
+        mlp_cls = partial(
+            GatedMLP, hidden_features=d_intermediate, out_features=d_model, **factory_kwargs
+        )
     norm_cls = RMSNorm if rms_norm else nn.LayerNorm
     block = Block(
         d_model,
-        partial(MIXERS[layer], layer_idx=layer_idx, **ssm_cfg, **factory_kwargs),
-        nn.Identity,
+        mixer_cls,
+        mlp_cls,
         norm_cls=partial(norm_cls, eps=norm_epsilon, **factory_kwargs),
         fused_add_norm=fused_add_norm,
         residual_in_fp32=residual_in_fp32,
@@ -88,14 +102,21 @@ def _init_weights(
 
 
 class MixerModel(nn.Module):
-    """Token ids (batch, seqlen) to normalized hidden states (batch, seqlen, d_model)."""
+    """Token ids (batch, seqlen) to normalized hidden states (batch, seqlen, d_model).
+
+    Arguments as the fields of MambaConfig, and
+        vocab_size: rows of the embedding, as they are. Without it the third argument is the
+            vocabulary, as in mamba_ssm 1.x, which had no MLP.
+        norm_epsilon: what the norms add to the variance.
+        initializer_cfg: keyword arguments of _init_weights.
+    """
 
     def __init__(
         self,
         d_model,
         n_layer,
-        d_intermediate,
-        vocab_size,
+        d_intermediate=0,
+        vocab_size=None,
         ssm_cfg=None,
         attn_layer_idx=None,
         attn_cfg=None,
@@ -109,6 +130,11 @@ class MixerModel(nn.Module):
     ):
         factory_kwargs = {"device": device, "dtype": dtype}
         super().__init__()
+        if vocab_size is None:
+            if d_intermediate == 0:
+                raise TypeError("MixerModel: vocab_size is missing")
+            d_intermediate, vocab_size = 0, d_intermediate
+        attn_layer_idx = frozenset(attn_layer_idx or ())
         self.residual_in_fp32 = residual_in_fp32
         self.fused_add_norm = fused_add_norm
         self.embedding = nn.Embedding(vocab_size, d_model, **factory_kwargs)
@@ -130,7 +156,9 @@ class MixerModel(nn.Module):
         )
         norm_cls = RMSNorm if rms_norm else nn.LayerNorm
         self.norm_f = norm_cls(d_model, eps=norm_epsilon, **factory_kwargs)
-        self.apply(partial(_init_weights, n_layer=n_layer, **(initializer_cfg or {})))
+        residuals = 1 if d_intermediate == 0 else 2
+        initializer_cfg = {"n_residuals_per_layer": residuals, **(initializer_cfg or {})}
+        self.apply(partial(_init_weights, n_layer=n_layer, **initializer_cfg))
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """States of every layer by layer index."""
@@ -140,6 +168,7 @@ class MixerModel(nn.Module):
         }
 
     def forward(self, input_ids, inference_params=None, **mixer_kwargs):
+        """mixer_kwargs, such as seq_idx, go to every mixer; not all kinds take the same ones."""
         hidden_states = self.embedding(input_ids)
         residual = None
         for layer in self.layers:
@@ -149,10 +178,20 @@ class MixerModel(nn.Module):
         return add_norm(self.norm_f, hidden_states, residual, self.residual_in_fp32)[0]
 
 
+def _complete_tied(model, state_dict, prefix, *_):
+    """Gives a tied matrix both of its names: a writer may have kept either."""
+    if model.config.tie_embeddings:
+        embedding, head = prefix + EMBEDDING, prefix + HEAD
+        for name, twin in ((embedding, head), (head, embedding)):
+            if name not in state_dict and twin in state_dict:
+                state_dict[name] = state_dict[twin]
+
+
 class MambaLMHeadModel(nn.Module):
     """MixerModel with a linear head, whose weight is the embedding's when tie_embeddings.
 
-    The vocabulary is padded up to a multiple of pad_vocab_size_multiple.
+    The vocabulary is padded up to a multiple of pad_vocab_size_multiple. initializer_cfg has
+    keyword arguments of _init_weights.
     """
 
     def __init__(self, config: MambaConfig, initializer_cfg=None, device=None, dtype=None):
@@ -177,12 +216,15 @@ class MambaLMHeadModel(nn.Module):
         )
         self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False, **factory_kwargs)
         self.tie_weights()
+        self.register_load_state_dict_pre_hook(_complete_tied)
 
     def tie_weights(self):
+        """Makes the head's weight the embedding's, if the config says so."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+        """See MixerModel."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
     def forward(
@@ -195,51 +237,84 @@ class MambaLMHeadModel(nn.Module):
     ):
         """Logits (batch, seqlen, padded vocabulary), of the last num_last_tokens tokens if > 0.
 
-        position_ids are ignored: a recurrent model needs none.
+        position_ids are ignored: the blocks know positions by their states.
         """
         hidden_states = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
         return CausalLMOutput(logits=self.lm_head(hidden_states))
 
-    def save_pretrained(self, save_directory):
-        """Writes config.json and model.safetensors into save_directory.
-
-        A tied head is not written a second time.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = asdict(self.config)
-        if "dt_limit" in config["ssm_cfg"]:  # JSON knows no infinity
-            limits = config["ssm_cfg"]["dt_limit"]
-            config["ssm_cfg"]["dt_limit"] = [None if end == math.inf else end for end in limits]
-        text = json.dumps(config, indent=2, allow_nan=False)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        if self.config.tie_embeddings:
-            del state_dict["lm_head.weight"]
-        save_safetensors(state_dict, folder / "model.safetensors")
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name, device=None, dtype=None, **kwargs):
-        """Model from a local folder with config.json and model.safetensors.
+    def from_pretrained(
+        cls, pretrained_model_name, device=None, dtype=None, *, use_safetensors=True, **kwargs
+    ):
+        """Model from a folder, or of the Hugging Face hub; see utils.hf for the files.
 
-        Further keyword arguments go to the constructor. Loading runs no code from the folder.
+        Parameters get the dtypes of a model made with `dtype`, whatever the files hold. Further
+        keyword arguments go to the constructor. Loading runs no code of the checkpoint.
+
+        Raises FileNotFoundError for missing files, ValueError for a config that describes no model
+        or another than the weights, RuntimeError that lists missing, unexpected and differently
+        shaped weights; memory for the model is asked for only when all of that fits: the constructor
+        runs on the meta device first.
         """
-        folder = Path(pretrained_model_name)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"MambaLMHeadModel.from_pretrained: {folder / name} does not exist; expected a "
-                    "folder with config.json and model.safetensors, as save_pretrained writes it"
-                )
-        config = MambaConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        where = f"{pretrained_model_name}: config.json"
+        values = load_config_hf(pretrained_model_name)
+        try:
+            config = MambaConfig.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        state_dict = load_state_dict_hf(pretrained_model_name, use_safetensors=use_safetensors)
+        if config.n_layer > len(state_dict):
+            raise ValueError(
+                f"{where}: n_layer is {config.n_layer}, but there are {len(state_dict)} weights"
+            )
+        embedding, head = state_dict.get(EMBEDDING), state_dict.get(HEAD)
+        if config.tie_embeddings and embedding is not None and head is not None:
+            if not torch.equal(embedding, head):
+                raise ValueError(f"{where}: ties {EMBEDDING} and {HEAD}, but the weights differ")
+        for name, tensor in state_dict.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{pretrained_model_name}: {name} is {tensor.dtype}, not floating")
+        try:
+            description = cls(config, device="meta", dtype=dtype, **kwargs)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{where}: no such model can be made: {error}") from error
+        description.load_state_dict(state_dict, assign=True)  # compares names and shapes
         model = cls(config, device=device, dtype=dtype, **kwargs)
-        state_dict = load_safetensors(folder / "model.safetensors")
-        if config.tie_embeddings:  # a writer may have kept either name or both
-            embedding, head = "backbone.embedding.weight", "lm_head.weight"
-            for name, twin in ((embedding, head), (head, embedding)):
-                if name not in state_dict and twin in state_dict:
-                    state_dict[name] = state_dict[twin]
         model.load_state_dict(state_dict)
         return model
+
+    def save_pretrained(self, save_directory):
+        """Writes config.json and model.safetensors into save_directory, made if it is not there.
+
+        A tied head is not written a second time. Both files are complete on the disk before the
+        first of them takes the place of a former one, so that whatever fails before that leaves a
+        former checkpoint as it was. Raises ValueError if the config ties weights that differ, and
+        what writing raises.
+        """
+        text = self.config.to_json()
+        state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.tie_embeddings:
+            head = state_dict.pop(HEAD)
+            if self.lm_head.weight is not self.backbone.embedding.weight and not torch.equal(
+                head, state_dict[EMBEDDING]
+            ):
+                raise ValueError(
+                    f"MambaLMHeadModel.save_pretrained: the config ties {EMBEDDING} and {HEAD}, "
+                    "but they differ; tie_weights() makes them one"
+                )
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+            weights, config = Path(name, "model.safetensors"), Path(name, "config.json")
+            save_safetensors(state_dict, weights)
+            config.write_text(text, encoding="utf-8")
+            shutil.copymode(config, weights)  # safetensors makes files for their owner only
+            for path in (weights, config):
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            for path in (weights, config):
+                os.replace(path, folder / path.name)

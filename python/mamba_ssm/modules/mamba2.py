@@ -110,6 +110,8 @@ class Mamba2(nn.Module, HubMixin):
         self.expand = expand
         self.process_group = process_group
         self.sequence_parallel = sequence_parallel
+        if not (process_group is None or hasattr(process_group, "rank")):
+            raise TypeError(f"{name}: process_group must be a ProcessGroup, got {process_group!r}")
         self.world_size = 1 if process_group is None else process_group.size()
         self.local_rank = 0 if process_group is None else process_group.rank()
         d_inner = int(self.expand * self.d_model)

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba_ssm.modules._parts import is_plain, read_cache, states_from_cache, upcast
+from mamba_ssm.modules.block import Block as _Block
 
 ops = torch.ops.mamba_ssm
 
@@ -286,3 +287,23 @@ class Mamba(nn.Module):
             conv_state.copy_(columns[..., -self.d_conv :].detach())
             ssm_state.copy_(last_state.detach())
         return self.out_proj(y.transpose(1, 2))
+
+
+class Block(_Block):
+    """Block of mamba_ssm 1.x: modules.block.Block without an MLP, in the former order."""
+
+    def __init__(
+        self,
+        dim,
+        mixer_cls,
+        norm_cls=nn.LayerNorm,
+        fused_add_norm=False,
+        residual_in_fp32=False,
+    ):
+        super().__init__(
+            dim,
+            mixer_cls,
+            norm_cls=norm_cls,
+            fused_add_norm=fused_add_norm,
+            residual_in_fp32=residual_in_fp32,
+        )

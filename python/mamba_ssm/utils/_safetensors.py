@@ -8,7 +8,7 @@ def save_safetensors(tensors, path):
     except ImportError:
         from mamba_ssm import _C
 
-        _C.save_safetensors(str(path), tensors)
+        _C.save_safetensors(str(path), tensors, {"format": "pt"})
     else:
         save_file(tensors, path, metadata={"format": "pt"})
 
