@@ -13,10 +13,12 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
                               const Tensor& A, const Tensor& B, const Tensor& C,
                               const OptionalTensor& D, const OptionalTensor& z,
                               const OptionalTensor& dt_bias,
-                              const OptionalTensor& state_batch_indices, bool dt_softplus) {
+                              const OptionalTensor& state_batch_indices, bool dt_softplus,
+                              const OptionalTensor& intermediate_states) {
   static const auto op =
       find_op<decltype(selective_state_update)>("mamba_ssm::selective_state_update");
-  return op.call(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus);
+  return op.call(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus,
+                 intermediate_states);
 }
 
 namespace {
@@ -25,9 +27,11 @@ Tensor selective_state_update_meta(const Tensor& state, const Tensor& x, const T
                                    const Tensor& A, const Tensor& B, const Tensor& C,
                                    const OptionalTensor& D, const OptionalTensor& z,
                                    const OptionalTensor& dt_bias,
-                                   const OptionalTensor& state_batch_indices, bool) {
+                                   const OptionalTensor& state_batch_indices, bool,
+                                   const OptionalTensor& intermediate_states) {
   const MetaChecks checks("selective_state_update", "state", state);
-  check_selective_state_update(checks, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices);
+  check_selective_state_update(checks, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices,
+                               intermediate_states);
   return at::empty_like(x);
 }
 

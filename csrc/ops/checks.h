@@ -73,10 +73,12 @@ class Checks {
   using Tensor = typename Access::Tensor;
   using Size = typename Access::Size;
 
-  /// A dimension as it is named in messages, with the size that the call requires.
+  /// A dimension as it is named in messages, with the size that the call requires; one that is not
+  /// `present` is passed over in a shape.
   struct Dim {
     const char* name;
     Size size;
+    bool present = true;
   };
 
   Checks(const char* op, const char* first_name, const Tensor& first)
@@ -134,27 +136,24 @@ class Checks {
   /// Sizes of `tensor` are those of `dims`.
   void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) const {
     device(name, tensor);
-    bool same = tensor.dim() == static_cast<int64_t>(dims.size());
-    int64_t i = 0;
+    bool same = true;
+    int64_t rank = 0;
     for (const Dim& dim : dims) {
-      if (same && Access::size(tensor, i++) != dim.size) same = false;
+      if (!dim.present) continue;
+      same = same && rank < tensor.dim() && Access::size(tensor, rank) == dim.size;
+      ++rank;
     }
-    if (same) return;
-    std::ostringstream text;
+    if (same && rank == tensor.dim()) return;
+    std::ostringstream names, sizes;
     const char* separator = "";
-    text << name << " must have shape (";
     for (const Dim& dim : dims) {
-      text << separator << dim.name;
+      if (!dim.present) continue;
+      names << separator << dim.name;
+      sizes << separator << dim.size;
       separator = ", ";
     }
-    separator = "";
-    text << ") = (";
-    for (const Dim& dim : dims) {
-      text << separator << dim.size;
-      separator = ", ";
-    }
-    text << "), got " << text_of(tensor);
-    fail(text.str());
+    fail(std::string(name) + " must have shape (" + names.str() + ") = (" + sizes.str() +
+         "), got " + text_of(tensor));
   }
 
   /// Type of `tensor` is one of `types`.

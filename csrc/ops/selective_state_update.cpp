@@ -12,35 +12,38 @@ using kernels::cpu_kernels;
 using kernels::SelectiveStateUpdateParams;
 using kernels::View;
 
-/// `tensor` with a head axis of size 1 inserted at `axis` where the call came without heads.
+/// `tensor` with an axis of size 1 wherever `present` is false.
 template <int kRank>
-View<kRank> view_with_heads(const Tensor& tensor, int axis, bool with_heads) {
-  if (with_heads) return view<kRank>(tensor);
-  const View<kRank - 1> flat = view<kRank - 1>(tensor);
+View<kRank> view_with_axes(const Tensor& tensor, const bool (&present)[kRank]) {
   View<kRank> v;
-  v.data = flat.data;
-  v.dtype = flat.dtype;
-  for (int i = 0; i < kRank; ++i)
-    v.stride[i] = i < axis ? flat.stride[i] : i == axis ? 0 : flat.stride[i - 1];
+  v.data = tensor.data_ptr();
+  v.dtype = dtype_of(tensor.scalar_type());
+  int64_t axis = 0;
+  for (int i = 0; i < kRank; ++i) v.stride[i] = present[i] ? tensor.stride(axis++) : 0;
   return v;
 }
 
 template <int kRank>
-View<kRank> view_with_heads(const OptionalTensor& tensor, int axis, bool with_heads) {
-  return tensor ? view_with_heads<kRank>(*tensor, axis, with_heads) : View<kRank>{};
+View<kRank> view_with_axes(const OptionalTensor& tensor, const bool (&present)[kRank]) {
+  return tensor ? view_with_axes(*tensor, present) : View<kRank>{};
 }
 
 Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
                               OptionalTensor D, OptionalTensor z, OptionalTensor dt_bias,
-                              OptionalTensor state_batch_indices, bool dt_softplus) {
+                              OptionalTensor state_batch_indices, bool dt_softplus,
+                              OptionalTensor intermediate_states) {
   const StableChecks checks("selective_state_update", "state", state);
   const auto sizes = check_selective_state_update(checks, state, x, dt, A, B, C, D, z, dt_bias,
-                                                  state_batch_indices);
+                                                  state_batch_indices, intermediate_states);
   check_writable(checks, "state", state);
+  if (intermediate_states) {
+    check_writable(checks, "intermediate_states", *intermediate_states);
+  }
   check_index_below(checks, "state_batch_indices", state_batch_indices, sizes.num_slots);
   Tensor out = allocate_like(checks.op(), x);
   SelectiveStateUpdateParams p{};
   p.batch = sizes.batch;
+  p.tokens = sizes.tokens;
   p.nheads = sizes.nheads;
   p.headdim = sizes.headdim;
   p.ngroups = sizes.ngroups;
@@ -48,17 +51,20 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
   p.num_slots = sizes.num_slots;
   p.dt_softplus = dt_softplus;
   p.dtype = dtype_of(x.scalar_type());
-  p.state = view_with_heads<4>(state, 1, sizes.with_heads);
-  p.x = view_with_heads<3>(x, 1, sizes.with_heads);
-  p.dt = view_with_heads<3>(dt, 1, sizes.with_heads);
-  p.z = view_with_heads<3>(z, 1, sizes.with_heads);
-  p.A = view_with_heads<3>(A, 0, sizes.with_heads);
-  p.B = view_with_heads<3>(B, 1, sizes.with_heads);
-  p.C = view_with_heads<3>(C, 1, sizes.with_heads);
-  p.D = view_with_heads<2>(D, 0, sizes.with_heads);
-  p.dt_bias = view_with_heads<2>(dt_bias, 0, sizes.with_heads);
+  const bool tokens = sizes.with_tokens, heads = sizes.with_heads;
+  const bool row[] = {true, tokens, heads, true};
+  p.state = view_with_axes<4>(state, {true, heads, true, true});
+  p.x = view_with_axes(x, row);
+  p.dt = view_with_axes(dt, row);
+  p.z = view_with_axes(z, row);
+  p.A = view_with_axes<3>(A, {heads, true, true});
+  p.B = view_with_axes(B, row);
+  p.C = view_with_axes(C, row);
+  p.D = view_with_axes<2>(D, {heads, true});
+  p.dt_bias = view_with_axes<2>(dt_bias, {heads, true});
   p.state_batch_indices = view<1>(state_batch_indices);
-  p.out = view_with_heads<3>(out, 1, sizes.with_heads);
+  p.out = view_with_axes(out, row);
+  p.intermediate_states = view_with_axes<5>(intermediate_states, {true, tokens, heads, true, true});
   if constexpr (kWithCuda) {
     if (x.is_cuda()) {
       const CudaScope scope(x);
@@ -67,7 +73,7 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
     }
   }
   parallel(
-      selective_state_update_items(p), p.batch * p.nheads * p.headdim * p.dstate,
+      selective_state_update_items(p), p.batch * p.tokens * p.nheads * p.headdim * p.dstate,
       [&](int64_t begin, int64_t end) { cpu_kernels().selective_state_update(p, begin, end); });
   return out;
 }

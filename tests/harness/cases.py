@@ -183,7 +183,7 @@ class Case:
             op=self.op,
             arguments=arguments,
             differentiable=self.differentiable_of(arguments),
-            mutable=self.mutable,
+            mutable=tuple(name for name in self.mutable if name in arguments),
             results=self.results,
             cotangents=cotangents,
             arena=arena,
@@ -420,14 +420,16 @@ class Scan(Case):
 class StateUpdate(Case):
     op: ClassVar[str] = "selective_state_update"
     results: ClassVar[tuple[str, ...]] = ("out",)
-    mutable: ClassVar[tuple[str, ...]] = ("state",)
+    mutable: ClassVar[tuple[str, ...]] = ("state", "intermediate_states")
 
     batch: int = 3
+    tokens: int | None = None  # None: no axis of tokens
     nheads: int | None = None  # None: no axis of heads
     ngroups: int = 1
     dim: int = 5  # headdim with heads
     dstate: int = 4
     num_slots: int | None = None
+    intermediate_states: bool = False
     D: bool = True
     z: bool = True
     dt_bias: bool = True
@@ -442,24 +444,23 @@ class StateUpdate(Case):
         groups = () if self.nheads is None else (self.ngroups,)
         num_slots = self.batch if self.num_slots is None else self.num_slots
         inner = (*heads, self.dim)
+        outer = (self.batch,) if self.tokens is None else (self.batch, self.tokens)
         values = {
             "state": normal(num_slots, *inner, self.dstate),
-            "x": normal(self.batch, *inner),
-            "B": normal(self.batch, *groups, self.dstate),
-            "C": normal(self.batch, *groups, self.dstate),
+            "x": normal(*outer, *inner),
+            "B": normal(*outer, *groups, self.dstate),
+            "C": normal(*outer, *groups, self.dstate),
             "dt_softplus": self.dt_softplus,
         }
         rows = (*heads, 1) if self.tied == "head" else inner
         states = 1 if self.tied else self.dstate
         if exact:
-            values["dt"] = draw.choice(
-                [32, -256] if self.dt_softplus else [0, 1], self.batch, *rows
-            )
+            values["dt"] = draw.choice([32, -256] if self.dt_softplus else [0, 1], *outer, *rows)
             values["A"] = draw.choice([0, -1024], *rows, states)
             bias = draw.choice([0, 32] if self.dt_softplus else [0, 1], *rows)
         else:
             low, high = (-3, 30) if self.dt_softplus else (-0.05, 0.6)
-            values["dt"] = draw.uniform(low, high, self.batch, *rows)
+            values["dt"] = draw.uniform(low, high, *outer, *rows)
             values["A"] = -draw.uniform(0.05, 1.5, *rows, states)
             bias = draw.uniform(-0.1, 0.1, *rows)
         if self.dt_bias:
@@ -467,16 +468,18 @@ class StateUpdate(Case):
         if self.D:
             values["D"] = normal(*inner)
         if self.z:
-            shape = (self.batch, *inner)
+            shape = (*outer, *inner)
             values["z"] = draw.choice([0, 24], *shape) if exact else draw.normal(*shape)
         if self.num_slots is not None:
             values["state_batch_indices"] = slots(draw, self.batch, num_slots)
+        if self.intermediate_states:  # rows of padding keep what they have
+            values["intermediate_states"] = normal(*outer, *inner, self.dstate)
         return values
 
     def call(self, device="cpu"):
         call = super().call(device)
         if self.tied:
-            inner = call.arguments["x"].shape[1:]
+            inner = call.arguments["state"].shape[1:-1]
             for name in ("dt", "dt_bias"):
                 if name in call.arguments:
                     M = call.arguments[name]

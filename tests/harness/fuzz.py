@@ -32,6 +32,7 @@ QUOTAS = {
     "cu_seqlens": 40,
     "state in": 250,
     "slots with -1": 45,
+    "several tokens": 20,
     "ring": 12,
     "complex A": 30,
     "step limits": 40,
@@ -205,13 +206,19 @@ def _state_update(rng, dtype):
     groups = rng.choice([1, 1, 2, 3])
     return {
         "type": cases.StateUpdate,
-        "names": ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state_batch_indices"),
+        "names": (
+            *("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias"),
+            *("state_batch_indices", "intermediate_states"),
+        ),
         "parameters": ("A", "D", "dt_bias"),
         "states": {
             "state": lambda dtype: cases.PARAMETER_FLOATS,
+            "intermediate_states": lambda dtype: cases.PARAMETER_FLOATS,
             "dt": lambda dtype: (dtype, torch.float32),
         },
         "batch": batch,
+        "tokens": rng.choice([0, 1, 2, 3, 5, 9, 20]) if _flag(rng) else None,
+        "intermediate_states": _flag(rng),
         "nheads": None if _flag(rng) else groups * rng.choice([1, 2, 5]),
         "ngroups": groups,
         "dim": _size(rng, 70),
@@ -383,7 +390,7 @@ _MAKERS = {
 
 def properties(case):
     """The quotas that a case counts for."""
-    names = ("batch", "dim", "headdim", "seqlen", "total_tokens")
+    names = ("batch", "dim", "headdim", "seqlen", "total_tokens", "tokens")
     sizes = [getattr(case, name, 1) for name in names]
     sizes += getattr(case, "leading", ())
     packing = getattr(case, "packing", None)
@@ -397,6 +404,7 @@ def properties(case):
             or case.mutable
         ),
         "slots with -1": getattr(case, "num_slots", None) is not None,
+        "several tokens": (getattr(case, "tokens", None) or 0) > 1,
         "ring": getattr(case, "ring", False),
         "complex A": getattr(case, "complex_A", False),
         "step limits": getattr(case, "limits", False),

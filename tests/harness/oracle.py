@@ -222,7 +222,7 @@ def result_dtype(op, result, dtypes):
         if dtypes["A"].is_complex:
             return torch.complex128 if wide else torch.complex64
         return torch.float64 if wide else torch.float32
-    if result in ("state", "conv_state"):
+    if result in ("state", "conv_state", "intermediate_states"):
         return dtypes[result]
     if op == "layer_norm" and result == "residual_out":
         if "residual" in dtypes:
@@ -519,32 +519,39 @@ def selective_state_update(
     dt_bias=None,
     state_batch_indices=None,
     dt_softplus=False,
+    intermediate_states=None,
 ):
     heads = state.dim() == 4
+    with_tokens = x.dim() == state.dim()
     new_state = state.clone()
     out = torch.zeros_like(x)
+    kept = None if intermediate_states is None else intermediate_states.clone()
     for b in range(x.shape[0]):
         slot = b if state_batch_indices is None else int(state_batch_indices[b])
         if not 0 <= slot < state.shape[0]:
             continue
-        d = dt[b] if dt_bias is None else dt[b] + dt_bias
-        if dt_softplus:
-            d = softplus(d)
-        if heads:
-            per_group = x.shape[1] // B.shape[1]
-            head_group = [h // per_group for h in range(x.shape[1])]
-            B_row, C_row = B[b][head_group][:, None], C[b][head_group][:, None]
-        else:
-            B_row, C_row = B[b], C[b]
-        s = state[slot] * torch.exp(d[..., None] * A) + d[..., None] * B_row * x[b][..., None]
-        y = (s * C_row).sum(-1)
-        if D is not None:
-            y = y + D * x[b]
-        if z is not None:
-            y = y * (z[b] * torch.sigmoid(z[b]))
-        new_state[slot] = s
-        out[b] = y
-    return {"out": out, "state": new_state}
+        for token in [(b, t) for t in range(x.shape[1])] if with_tokens else [(b,)]:
+            d = dt[token] if dt_bias is None else dt[token] + dt_bias
+            if dt_softplus:
+                d = softplus(d)
+            B_row, C_row = B[token], C[token]
+            if heads:
+                per_group = state.shape[1] // B_row.shape[0]
+                head_group = [h // per_group for h in range(state.shape[1])]
+                B_row, C_row = B_row[head_group][:, None], C_row[head_group][:, None]
+            s = new_state[slot] * torch.exp(d[..., None] * A)
+            s = s + d[..., None] * B_row * x[token][..., None]
+            y = (s * C_row).sum(-1)
+            if D is not None:
+                y = y + D * x[token]
+            if z is not None:
+                y = y * (z[token] * torch.sigmoid(z[token]))
+            new_state[slot] = s
+            out[token] = y
+            if kept is not None:
+                kept[token] = s
+    results = {"out": out, "state": new_state}
+    return results if kept is None else {**results, "intermediate_states": kept}
 
 
 # Norms ------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ PER_ROW = {
         "C",
         "z",
         "state_batch_indices",
+        "intermediate_states",
         "out",
     },
     "ssd_chunk_scan": {

@@ -150,6 +150,27 @@ STATE_UPDATE_ROWS = [
     ("float", "state_batch_indices", lambda t: t.float(), ["int32", "float32"]),
     ("fewer slots than rows", "state", lambda t: t[:2], ["3", "2"], {"state_batch_indices": None}),
 ]
+TOKENS = cases.StateUpdate(
+    batch=3, tokens=2, nheads=4, ngroups=2, dim=5, dstate=6, intermediate_states=True
+)
+TOKENS_ROWS = [
+    ("rank", "x", lambda t: t[..., None], ["(batch, tokens, nheads, headdim)", "(3, 2, 4, 5, 1)"]),
+    ("one token", "dt", lambda t: t[:, 0], ["(3, 2, 4, 5)", "(3, 4, 5)"]),
+    ("fewer tokens", "dt", lambda t: t[:, :1], ["(3, 2, 4, 5)", "(3, 1, 4, 5)"]),
+    ("one token", "B", lambda t: t[:, 0], ["(batch, tokens, ngroups, dstate)", "(3, 2, 6)"]),
+    ("fewer tokens", "B", lambda t: t[:, :1], ["(3, 2, 2, 6)", "(3, 1, 2, 6)"]),
+    ("fewer tokens", "C", lambda t: t[:, :1], ["(3, 2, 2, 6)", "(3, 1, 2, 6)"]),
+    ("fewer tokens", "z", lambda t: t[:, :1], ["(3, 2, 4, 5)", "(3, 1, 4, 5)"]),
+    ("one token", "intermediate_states", lambda t: t[:, 0], ["(3, 2, 4, 5, 6)", "(3, 4, 5, 6)"]),
+    (
+        "another batch",
+        "intermediate_states",
+        lambda t: t[:2],
+        ["(3, 2, 4, 5, 6)", "(2, 2, 4, 5, 6)"],
+    ),
+    ("integer", "intermediate_states", lambda t: t.int(), ["float32", "int32"]),
+    ("float64 among float32", "intermediate_states", lambda t: t.double(), ["float32", "float64"]),
+]
 
 SSD = cases.Ssd(batch=2, seqlen=19, nheads=6, headdim=5, ngroups=3, dstate=4, packing="packed")
 SSD_ROWS = [
@@ -321,6 +342,7 @@ TABLES = (
     (SCAN, SCAN_ROWS),
     (COMPLEX, COMPLEX_ROWS),
     (STATE_UPDATE, STATE_UPDATE_ROWS),
+    (TOKENS, TOKENS_ROWS),
     (SSD, SSD_ROWS),
     (SSD_CUT, SSD_CUT_ROWS),
     (INNER, INNER_ROWS),
@@ -395,10 +417,11 @@ def test_wrong_argument_under_tracing(case, argument, spoil, words, others, grad
 
 
 def _tensor_arguments():
-    only = {
+    only = {  # the others have had their turn
+        id(TOKENS): "intermediate_states",
         id(ROWSCALE): "rowscale",
         id(INNER2_PACKED): "seq_idx",
-    }  # the others have had their turn
+    }
     rows = []
     for case, _ in TABLES:
         for name, value in case.call().arguments.items() if case is not COMPLEX else ():
@@ -477,11 +500,13 @@ def test_bad_cu_seqlens(cuts, words, index_dtype, case, device):
     call.arena.check()
 
 
-@pytest.mark.parametrize("case", [UPDATE, STATE_UPDATE], ids=["conv", "ssm"])
-def test_state_that_overlaps_itself(case, device):
+@pytest.mark.parametrize(
+    "case, name",
+    [(UPDATE, "conv_state"), (STATE_UPDATE, "state"), (TOKENS, "intermediate_states")],
+)
+def test_state_that_overlaps_itself(case, name, device):
     """An expanded state has several owners of one address: refused, not raced for."""
     call = case.call(device)
-    name = call.mutable[0]
     state = call.arguments[name]
     overlapping = state[:1].expand(state.shape)
     before = state.clone()

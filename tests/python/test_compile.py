@@ -24,6 +24,7 @@ CASES = {
     ),
     "selective_state_update": cases.StateUpdate(num_slots=7),
     "selective_state_update heads": cases.StateUpdate(nheads=4, ngroups=2),
+    "selective_state_update tokens": cases.StateUpdate(tokens=3, intermediate_states=True),
     "ssd_chunk_scan": cases.Ssd(),
     "ssd_chunk_scan packed": cases.Ssd(packing="padded", D="channel", projection=True),
     "ssd_chunk_scan cu_seqlens": cases.Ssd(batch=1, num_sequences=3, limits=True),

@@ -25,7 +25,8 @@ SIGNATURES = {
     "mamba_ssm.ops.selective_scan_interface:rms_norm_forward": "x, weight, bias, eps=1e-06, "
     "is_rms_norm=True",
     "mamba_ssm.ops.triton.selective_state_update:selective_state_update": "state, x, dt, A, B, C, "
-    "D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None",
+    "D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None, *, "
+    "intermediate_states=None",
     "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref": "state, x, dt, A, "
     "B, C, D=None, z=None, dt_bias=None, dt_softplus=False",
     "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined": "x, dt, A, B, C, chunk_size, "

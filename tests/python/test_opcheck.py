@@ -67,8 +67,11 @@ STATE_UPDATE = cases.variations(
     {"nheads": 4, "ngroups": 2},
     {"nheads": 4, "num_slots": 6},
     {"nheads": 4, "tied": "head"},
+    {"nheads": 4, "tokens": 3, "intermediate_states": True},
     {"D": False, "z": False, "dt_bias": False},
     num_slots=[6],
+    tokens=[3],
+    intermediate_states=[True],
     layout=["transposed", "sliced", "step2"],
     dtype=[torch.bfloat16, torch.float64],
 )

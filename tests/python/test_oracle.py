@@ -171,6 +171,28 @@ def test_selective_state_update(nheads):
             assert truth["out"][b][place].item() == pytest.approx(expected, rel=1e-12, abs=1e-13)
 
 
+@pytest.mark.parametrize("nheads", [None, 6])
+def test_selective_state_update_tokens(nheads):
+    """Several tokens: one after the other."""
+    call = cases.StateUpdate(
+        dtype=torch.float64, nheads=nheads, tokens=3, num_slots=5, intermediate_states=True
+    ).call()
+    a = dict(call.arguments)
+    truth = oracle.exact(call.op, a).results
+    kept = a.pop("intermediate_states")
+    slots = a["state_batch_indices"].tolist()
+    assert any(slot >= 0 for slot in slots) and any(slot < 0 for slot in slots)
+    for t in range(3):
+        token = {name: call.arguments[name][:, t] for name in ("x", "dt", "B", "C", "z")}
+        step = oracle.exact(call.op, {**a, **token}).results
+        assert torch.equal(truth["out"][:, t], step["out"])
+        for b, slot in enumerate(slots):
+            expected = step["state"][slot] if slot >= 0 else kept[b, t]
+            assert torch.equal(truth["intermediate_states"][b, t], expected)
+        a["state"] = step["state"]
+    assert torch.equal(truth["state"], a["state"])
+
+
 @pytest.mark.parametrize("packing", cases.PACKINGS)
 @pytest.mark.parametrize("num_sequences", [None, 1, 4])
 @pytest.mark.parametrize("initial_states", [False, True, "first"])

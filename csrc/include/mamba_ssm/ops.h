@@ -77,22 +77,31 @@ MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> selective_scan(
     const std::optional<at::Tensor>& initial_state = std::nullopt,
     const std::optional<at::Tensor>& seq_idx = std::nullopt, bool delta_softplus = false);
 
-/// One decode step: s = exp(d A) s + d B x, out = C s + D x, out *= silu(z), d = dt + dt_bias,
-/// through softplus when dt_softplus. `state` is updated in place.
+/// Decode: one token for each row, or several in order. For each, s = exp(d A) s + d B x,
+/// out = C s + D x, out *= silu(z), d = dt + dt_bias, through softplus when dt_softplus. `state` is
+/// updated in place, to that after the last token.
 ///
-/// Shapes without heads: state (num_slots, dim, dstate); x, dt, z (batch, dim); A (dim, dstate);
-/// B, C (batch, dstate); D, dt_bias (dim). With heads: state (num_slots, nheads, headdim, dstate);
-/// x, dt, z (batch, nheads, headdim); A (nheads, headdim, dstate); B, C (batch, ngroups, dstate);
-/// D, dt_bias (nheads, headdim). state may have any floating dtype, dt that of x or float32.
+/// Shapes without heads: state (num_slots, dim, dstate); x, dt, z (batch, [tokens,] dim); A (dim,
+/// dstate); B, C (batch, [tokens,] dstate); D, dt_bias (dim). With heads: state (num_slots, nheads,
+/// headdim, dstate); x, dt, z (batch, [tokens,] nheads, headdim); A (nheads, headdim, dstate); B, C
+/// (batch, [tokens,] ngroups, dstate); D, dt_bias (nheads, headdim). The rank of x says whether there
+/// is an axis of tokens. state may have any floating dtype, dt that of x or float32.
 /// state_batch_indices (batch), int32 or int64, names the slot of each row, as conv_state_indices
 /// does in causal_conv1d_update. Returns out, like x. Not differentiable.
+///
+/// intermediate_states (batch, [tokens,] [nheads,] headdim, dstate), of any floating dtype that state
+/// may have, receives the state after each token, so that a caller who rejects the last tokens goes
+/// on from an earlier one; rows of padding in it are left as they are. The state is float32 (float64)
+/// from token to token: several tokens equal calls of one token each, bit for bit where state itself
+/// is float32 (float64), while one of 16 bits is rounded once, not after each token.
 /// Source: Mamba (arXiv 2312.00752), section 3.3.2.
 MAMBA_SSM_API at::Tensor selective_state_update(
     const at::Tensor& state, const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A,
     const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& D = std::nullopt,
     const std::optional<at::Tensor>& z = std::nullopt,
     const std::optional<at::Tensor>& dt_bias = std::nullopt,
-    const std::optional<at::Tensor>& state_batch_indices = std::nullopt, bool dt_softplus = false);
+    const std::optional<at::Tensor>& state_batch_indices = std::nullopt, bool dt_softplus = false,
+    const std::optional<at::Tensor>& intermediate_states = std::nullopt);
 
 /// SSD chunk scan, the recurrence of Mamba-2: h_t = exp(d_t A) h_{t-1} + d_t x_t B_t^T,
 /// y_t = h_t C_t + D x_t, out = y silu(z), with one decay per head and d = dt + dt_bias, through

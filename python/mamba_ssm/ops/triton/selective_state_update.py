@@ -1,4 +1,4 @@
-"""One decode step of a selective scan (arXiv 2312.00752, section 3.3.2)."""
+"""Decode steps of a selective scan (arXiv 2312.00752, section 3.3.2)."""
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +16,32 @@ def selective_state_update(
     dt_bias=None,
     dt_softplus=False,
     state_batch_indices=None,
+    *,
+    intermediate_states=None,
 ):
-    """Advances `state` by one token, in place, and returns the output.
+    """Advances `state` by one token or several in order, in place, and returns their outputs.
 
         d     = dt + dt_bias, through softplus when dt_softplus
         state = exp(d A) state + d B x
         out   = C state + D x, times silu(z) with z
 
-    Arguments, without heads | with heads:
+    Arguments, without heads | with heads; the rank of x says whether there is an axis of tokens:
         state: (num_slots, dim, dstate) | (num_slots, nheads, headdim, dstate), any strides.
-        x, dt, z: (batch, dim) | (batch, nheads, headdim).
+        x, dt, z: (batch, [tokens,] dim) | (batch, [tokens,] nheads, headdim).
         A: (dim, dstate) | (nheads, headdim, dstate).
-        B, C: (batch, dstate) | (batch, ngroups, dstate).
+        B, C: (batch, [tokens,] dstate) | (batch, [tokens,] ngroups, dstate).
         D, dt_bias: (dim,) | (nheads, headdim).
         state_batch_indices: (batch,) int32 or int64, the slot of each row; without it slot b
             belongs to row b. A negative index is padding: its output is 0, no state changes.
+        intermediate_states: (batch, [tokens,] dim, dstate) | (batch, [tokens,] nheads, headdim,
+            dstate), any strides and floating dtype: receives the state after each token; what
+            belongs to padding stays as it is. When only the first n tokens of a row are accepted,
+            its state is intermediate_states[row, n - 1].
 
-    Returns out, in x's shape and dtype. The state is kept in its own dtype; sums run in float32.
-    Has no derivative. Raises RuntimeError, naming the argument, on wrong arguments.
+    Returns out, in x's shape and dtype. The state is kept in its own dtype; sums run in float32, and
+    so does the state from token to token: several tokens equal a call for each, bit for bit if
+    state is float32, while a 16-bit state is rounded once, after the last. Has no derivative.
+    Raises RuntimeError, naming the argument, on wrong arguments.
     """
     return torch.ops.mamba_ssm.selective_state_update(
         state,
@@ -47,13 +55,14 @@ def selective_state_update(
         dt_bias,
         state_batch_indices,
         dt_softplus=bool(dt_softplus),
+        intermediate_states=intermediate_states,
     )
 
 
 def selective_state_update_ref(
     state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False
 ):
-    """selective_state_update in plain PyTorch, without state_batch_indices."""
+    """selective_state_update of one token in plain PyTorch, without state_batch_indices."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     d = dt.to(dtype)
     if dt_bias is not None:
