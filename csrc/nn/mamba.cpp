@@ -122,46 +122,59 @@ Tensor MambaImpl::project_in(const Tensor& hidden_states) {
   return xz + in_proj->bias.to(xz.scalar_type()).unsqueeze(-1);
 }
 
-Tensor MambaImpl::forward(const Tensor& hidden_states, MambaState* state) {
+Tensor MambaImpl::forward(const Tensor& hidden_states, MambaState* state,
+                          const std::optional<Tensor>& seq_idx) {
   check_hidden_states(hidden_states);
   if (state != nullptr) {
     check_state(state->conv_state, state->ssm_state, hidden_states.size(0));
-    if (hidden_states.size(1) == 1) {
+    if (hidden_states.size(1) == 1 && !seq_idx) {
       return step(hidden_states, state->conv_state, state->ssm_state);
     }
-    return prefill(project_in(hidden_states), *state);
+  }
+  if (state != nullptr || seq_idx) {
+    return forward_unfused(project_in(hidden_states), state, seq_idx);
   }
   return mamba_inner(project_in(hidden_states), conv1d->weight, if_defined(conv1d->bias),
                      x_proj->weight, dt_proj->weight, out_proj->weight, if_defined(out_proj->bias),
                      A(), /*B=*/std::nullopt, /*C=*/std::nullopt, D, dt_proj->bias);
 }
 
-Tensor MambaImpl::prefill(const Tensor& xz, MambaState& state) {
+Tensor MambaImpl::forward_unfused(const Tensor& xz, MambaState* state,
+                                  const std::optional<Tensor>& seq_idx) {
   const int64_t seqlen = xz.size(2), width = options.d_conv();
   const Tensor inputs = xz.narrow(1, 0, d_inner());     // (batch, d_inner, seqlen)
   const Tensor z = xz.narrow(1, d_inner(), d_inner());  // (batch, d_inner, seqlen)
 
-  const Tensor past = read_cache(state.conv_state, inputs.scalar_type());
-  const Tensor x = std::get<0>(causal_conv1d(
-      inputs, conv1d->weight.squeeze(1), if_defined(conv1d->bias), /*seq_idx=*/std::nullopt,
-      /*initial_states=*/past.narrow(2, 1, width - 1), /*silu=*/true));
+  std::optional<Tensor> past, history, initial_state;
+  if (state != nullptr) {
+    past = read_cache(state->conv_state, inputs.scalar_type());
+    history = past->narrow(2, 1, width - 1);
+    initial_state =
+        read_cache(state->ssm_state, xz.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  }
+  const auto [x, final_states] =
+      causal_conv1d(inputs, conv1d->weight.squeeze(1), if_defined(conv1d->bias), seq_idx, history,
+                    /*silu=*/true);
 
   const auto projected =
       project(x_proj, x.transpose(1, 2))
           .split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
   const Tensor delta = project_channel_first(dt_proj->weight, projected[0]);
-  const at::ScalarType state_dtype = xz.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto [y, last_state] = selective_scan(
       x, delta, A(), /*B=*/projected[1].transpose(1, 2), /*C=*/projected[2].transpose(1, 2), D, z,
-      dt_proj->bias, /*initial_state=*/read_cache(state.ssm_state, state_dtype),
-      /*seq_idx=*/std::nullopt, /*delta_softplus=*/true);
+      dt_proj->bias, initial_state, seq_idx, /*delta_softplus=*/true);
   const Tensor out = project(out_proj, y.transpose(1, 2));
+  if (state == nullptr) return out;
 
   const torch::NoGradGuard no_grad;
-  state.conv_state.copy_(seqlen >= width
-                             ? inputs.narrow(2, seqlen - width, width)
-                             : at::cat({past.narrow(2, seqlen, width - seqlen), inputs}, 2));
-  state.ssm_state.copy_(last_state);
+  if (seq_idx) {  // of the last sequence
+    state->conv_state.copy_(at::constant_pad_nd(final_states, {1, 0}));
+  } else {
+    state->conv_state.copy_(seqlen >= width
+                                ? inputs.narrow(2, seqlen - width, width)
+                                : at::cat({past->narrow(2, seqlen, width - seqlen), inputs}, 2));
+  }
+  state->ssm_state.copy_(last_state);
   return out;
 }
 
@@ -195,13 +208,14 @@ Tensor MambaImpl::step(const Tensor& hidden_states, const Tensor& conv_state,
 }
 
 MambaState MambaImpl::allocate_inference_cache(int64_t batch_size, int64_t /*max_seqlen*/,
-                                               std::optional<at::ScalarType> dtype) const {
+                                               std::optional<at::ScalarType> dtype,
+                                               std::optional<at::ScalarType> state_dtype) const {
   TORCH_CHECK(batch_size >= 0, "Mamba: batch_size must not be negative, got ", batch_size);
-  const auto zeros = [&](int64_t size, const Tensor& like) {
-    return at::zeros({batch_size, d_inner(), size},
-                     like.options().dtype(dtype.value_or(like.scalar_type())).requires_grad(false));
+  const auto zeros = [&](int64_t size, at::ScalarType type) {
+    return at::zeros({batch_size, d_inner(), size}, at::device(D.device()).dtype(type));
   };
-  return {zeros(options.d_conv(), conv1d->weight), zeros(options.d_state(), dt_proj->weight)};
+  const at::ScalarType type = dtype.value_or(conv1d->weight.scalar_type());
+  return {zeros(options.d_conv(), type), zeros(options.d_state(), state_dtype.value_or(type))};
 }
 
 }  // namespace mamba_ssm

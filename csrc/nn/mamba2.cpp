@@ -288,14 +288,16 @@ Tensor Mamba2Impl::step(const Tensor& hidden_states, const Tensor& conv_state,
 }
 
 MambaState Mamba2Impl::allocate_inference_cache(int64_t batch_size, int64_t /*max_seqlen*/,
-                                                std::optional<at::ScalarType> dtype) const {
+                                                std::optional<at::ScalarType> dtype,
+                                                std::optional<at::ScalarType> state_dtype) const {
   TORCH_CHECK(batch_size >= 0, "Mamba2: batch_size must not be negative, got ", batch_size);
-  const auto zeros = [&](at::IntArrayRef sizes, const Tensor& like) {
-    return at::zeros(sizes,
-                     like.options().dtype(dtype.value_or(like.scalar_type())).requires_grad(false));
+  const auto zeros = [&](at::IntArrayRef sizes, at::ScalarType type) {
+    return at::zeros(sizes, at::device(D.device()).dtype(type));
   };
-  return {zeros({batch_size, options.d_conv(), channels()}, conv1d->weight).transpose(1, 2),
-          zeros({batch_size, nheads(), options.headdim(), options.d_state()}, in_proj->weight)};
+  const at::ScalarType type = dtype.value_or(conv1d->weight.scalar_type());
+  return {zeros({batch_size, options.d_conv(), channels()}, type).transpose(1, 2),
+          zeros({batch_size, nheads(), options.headdim(), options.d_state()},
+                state_dtype.value_or(type))};
 }
 
 }  // namespace mamba_ssm

@@ -374,9 +374,10 @@ void BlockImpl::reset() {
   std::visit(make_mixer, config.ssm_cfg());
 }
 
-Tensor BlockImpl::forward(const Tensor& hidden_states, Tensor& residual, MambaState* state) {
+Tensor BlockImpl::forward(const Tensor& hidden_states, Tensor& residual, MambaState* state,
+                          const std::optional<Tensor>& seq_idx) {
   const Tensor normed = norm->forward(hidden_states, residual, config.residual_in_fp32());
-  return std::visit([&](auto& module) { return module->forward(normed, state); }, mixer);
+  return std::visit([&](auto& module) { return module->forward(normed, state, seq_idx); }, mixer);
 }
 
 MixerModelImpl::MixerModelImpl(MambaLMConfig config_) : config(std::move(config_)) {
@@ -413,7 +414,8 @@ void MixerModelImpl::reset() {
   norm_f = register_module("norm_f", make_norm(config));
 }
 
-Tensor MixerModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states) {
+Tensor MixerModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states,
+                               const std::optional<Tensor>& seq_idx) {
   TORCH_CHECK(input_ids.dim() == 2,
               "MambaLMHeadModel: input_ids must have shape (batch, seqlen), got ",
               input_ids.sizes());
@@ -424,7 +426,7 @@ Tensor MixerModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>*
   Tensor residual;
   for (size_t i = 0; i < layers->size(); ++i) {
     hidden = layers->at<BlockImpl>(i).forward(hidden, residual,
-                                              states == nullptr ? nullptr : &(*states)[i]);
+                                              states == nullptr ? nullptr : &(*states)[i], seq_idx);
   }
   return norm_f->forward(hidden, residual, config.residual_in_fp32());
 }
@@ -442,10 +444,11 @@ void MambaLMHeadModelImpl::reset() {
 }
 
 Tensor MambaLMHeadModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states,
-                                     int64_t num_last_tokens) {
+                                     int64_t num_last_tokens,
+                                     const std::optional<Tensor>& seq_idx) {
   TORCH_CHECK(num_last_tokens >= 0, "MambaLMHeadModel: num_last_tokens must not be negative, got ",
               num_last_tokens);
-  Tensor hidden = backbone->forward(input_ids, states);
+  Tensor hidden = backbone->forward(input_ids, states, seq_idx);
   const int64_t seqlen = hidden.size(1);
   if (num_last_tokens > 0 && num_last_tokens < seqlen) {
     hidden = hidden.narrow(1, seqlen - num_last_tokens, num_last_tokens);
@@ -454,12 +457,13 @@ Tensor MambaLMHeadModelImpl::forward(const Tensor& input_ids, std::vector<MambaS
 }
 
 std::vector<MambaState> MambaLMHeadModelImpl::allocate_inference_cache(
-    int64_t batch_size, int64_t max_seqlen, std::optional<at::ScalarType> dtype) const {
+    int64_t batch_size, int64_t max_seqlen, std::optional<at::ScalarType> dtype,
+    std::optional<at::ScalarType> state_dtype) const {
   std::vector<MambaState> states;
   for (size_t i = 0; i < backbone->layers->size(); ++i) {
     const auto& block = backbone->layers->at<BlockImpl>(i);
     const auto allocate = [&](const auto& mixer) {
-      return mixer->allocate_inference_cache(batch_size, max_seqlen, dtype);
+      return mixer->allocate_inference_cache(batch_size, max_seqlen, dtype, state_dtype);
     };
     states.push_back(std::visit(allocate, block.mixer));
   }

@@ -80,16 +80,15 @@ std::shared_ptr<Mamba2Impl> make_mamba2(int64_t d_model, int64_t d_state, int64_
   return std::make_shared<Mamba2Impl>(std::move(options));
 }
 
-/// What a block has besides its constructor and forward.
+/// What every module has besides its constructor and forward.
 template <typename Module>
-auto define_block(py::module_& m, const char* name) {
+auto define_module(py::module_& m, const char* name) {
   return py::class_<Module, std::shared_ptr<Module>>(m, name)
       .def("load", &load<Module>, "source"_a, "From a safetensors file or a dict of tensors.",
            NoGil())
       .def("named_parameters", &named_parameters<Module>)
-      .def("step", &Module::step, "hidden_states"_a, "conv_state"_a, "ssm_state"_a, NoGil())
       .def("allocate_inference_cache", &Module::allocate_inference_cache, "batch_size"_a,
-           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil());
+           "max_seqlen"_a = 0, "dtype"_a = py::none(), "state_dtype"_a = py::none(), NoGil());
 }
 
 }  // namespace
@@ -108,15 +107,17 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("conv_state", &MambaState::conv_state)
       .def_readwrite("ssm_state", &MambaState::ssm_state);
 
-  auto mamba = define_block<MambaImpl>(m, "Mamba");
+  auto mamba = define_module<MambaImpl>(m, "Mamba");
   mamba.def(py::init(&make_mamba), "d_model"_a, "d_state"_a = 16, "d_conv"_a = 4, "expand"_a = 2.0,
             "dt_rank"_a = "auto", "dt_min"_a = 0.001, "dt_max"_a = 0.1, "dt_init"_a = "random",
             "dt_scale"_a = 1.0, "dt_init_floor"_a = 1e-4, "conv_bias"_a = true, "bias"_a = false,
             "device"_a = py::none(), "dtype"_a = py::none());
-  mamba.def("forward", &MambaImpl::forward, "hidden_states"_a, "state"_a = py::none(), NoGil());
+  mamba.def("forward", &MambaImpl::forward, "hidden_states"_a, "state"_a = py::none(),
+            "seq_idx"_a = py::none(), NoGil());
+  mamba.def("step", &MambaImpl::step, "hidden_states"_a, "conv_state"_a, "ssm_state"_a, NoGil());
   mamba.attr("__call__") = mamba.attr("forward");
 
-  auto mamba2 = define_block<Mamba2Impl>(m, "Mamba2");
+  auto mamba2 = define_module<Mamba2Impl>(m, "Mamba2");
   mamba2.def(py::init(&make_mamba2), "d_model"_a, "d_state"_a = 128, "d_conv"_a = 4,
              "conv_init"_a = py::none(), "expand"_a = 2.0, "headdim"_a = 64, "d_ssm"_a = py::none(),
              "ngroups"_a = 1, "A_init_range"_a = Mamba2Options(0).A_init_range(),
@@ -126,25 +127,22 @@ PYBIND11_MODULE(_C, m) {
              "device"_a = py::none(), "dtype"_a = py::none());
   mamba2.def("forward", &Mamba2Impl::forward, "u"_a, "state"_a = py::none(),
              "seq_idx"_a = py::none(), "cu_seqlens"_a = py::none(), NoGil());
+  mamba2.def("step", &Mamba2Impl::step, "hidden_states"_a, "conv_state"_a, "ssm_state"_a, NoGil());
   mamba2.attr("__call__") = mamba2.attr("forward");
 
   using Model = MambaLMHeadModelImpl;
   // The states are handles of the caller's tensors, which the model updates in place.
   const auto forward = [](Model& model, const Tensor& input_ids,
-                          std::optional<std::vector<MambaState>> states, int64_t num_last_tokens) {
-    return model.forward(input_ids, states ? &*states : nullptr, num_last_tokens);
+                          std::optional<std::vector<MambaState>> states, int64_t num_last_tokens,
+                          const std::optional<Tensor>& seq_idx) {
+    return model.forward(input_ids, states ? &*states : nullptr, num_last_tokens, seq_idx);
   };
-  auto model = py::class_<Model, std::shared_ptr<Model>>(m, "MambaLMHeadModel");
+  auto model = define_module<Model>(m, "MambaLMHeadModel");
   model
       .def_static("from_pretrained", &Model::from_pretrained, "folder"_a, "dtype"_a = py::none(),
                   "device"_a = py::none(), NoGil())
       .def("save_pretrained", &Model::save_pretrained, "folder"_a, NoGil())
-      .def("load", &load<Model>, "source"_a, "From a safetensors file or a dict of tensors.",
-           NoGil())
-      .def("named_parameters", &named_parameters<Model>)
-      .def("allocate_inference_cache", &Model::allocate_inference_cache, "batch_size"_a,
-           "max_seqlen"_a = 0, "dtype"_a = py::none(), NoGil())
       .def("forward", forward, "input_ids"_a, "states"_a = py::none(), "num_last_tokens"_a = 0,
-           NoGil());
+           "seq_idx"_a = py::none(), NoGil());
   model.attr("__call__") = model.attr("forward");
 }

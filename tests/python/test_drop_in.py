@@ -84,10 +84,11 @@ SIGNATURES = {
     "mamba_ssm:Mamba": "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, "
     "dt_max=0.1, dt_init='random', dt_scale=1.0, dt_init_floor=0.0001, conv_bias=True, "
     "bias=False, use_fast_path=True, layer_idx=None, device=None, dtype=None",
-    "mamba_ssm.modules.mamba_simple:Mamba.forward": "self, hidden_states, inference_params=None",
+    "mamba_ssm.modules.mamba_simple:Mamba.forward": "self, hidden_states, inference_params=None, "
+    "*, seq_idx=None",
     "mamba_ssm.modules.mamba_simple:Mamba.step": "self, hidden_states, conv_state, ssm_state",
     "mamba_ssm.modules.mamba_simple:Mamba.allocate_inference_cache": "self, batch_size, "
-    "max_seqlen, dtype=None, **kwargs",
+    "max_seqlen, dtype=None, *, state_dtype=None, **kwargs",
     "mamba_ssm:Mamba2": "d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, "
     "d_ssm=None, ngroups=1, A_init_range=(1, 16), D_has_hdim=False, rmsnorm=True, "
     "norm_before_gate=False, dt_min=0.001, dt_max=0.1, dt_init_floor=0.0001, "
@@ -97,7 +98,7 @@ SIGNATURES = {
     "cu_seqlens=None, inference_params=None",
     "mamba_ssm.modules.mamba2:Mamba2.step": "self, hidden_states, conv_state, ssm_state",
     "mamba_ssm.modules.mamba2:Mamba2.allocate_inference_cache": "self, batch_size, max_seqlen, "
-    "dtype=None, **kwargs",
+    "dtype=None, *, state_dtype=None, **kwargs",
     "mamba_ssm.modules.mamba2_simple:Mamba2Simple": "d_model, d_state=64, d_conv=4, "
     "conv_init=None, expand=2, headdim=128, ngroups=1, A_init_range=(1, 16), dt_min=0.001, "
     "dt_max=0.1, dt_init_floor=0.0001, dt_limit=(0.0, inf), learnable_init_states=False, "

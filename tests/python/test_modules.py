@@ -173,6 +173,47 @@ def test_pieces_equal_whole(device, pieces, d_conv):
     torch.testing.assert_close(run_in_pieces(block, x, pieces), block(x))
 
 
+@pytest.mark.parametrize("d_conv", [1, 4])
+def test_packed_sequences_are_apart(device, d_conv):
+    """Each as it would be alone, with its gradients; padding gives 0."""
+    block, x = make(device, d_conv=d_conv), tokens(device, batch=1)
+    seq_idx = torch.tensor([[-1, 2, 2, 2, 2, 0, -1, 5, 5]], dtype=torch.int32, device=device)
+    x = x.requires_grad_()
+    parameters = [x, *block.parameters()]
+    got = block(x, seq_idx=seq_idx)
+    alone = torch.zeros_like(got)
+    for start, stop in ((1, 5), (5, 6), (7, 9)):
+        alone[:, start:stop] = block(x[:, start:stop])
+    torch.testing.assert_close(got, alone)
+    dout = torch.randn_like(got)
+    got, alone = (torch.autograd.grad(out, parameters, dout) for out in (got, alone))
+    torch.testing.assert_close(got, alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("d_conv", [1, 4])
+def test_padded_rows_in_pieces(device, d_conv):
+    """Behind the end of a row, padding leaves the states to the steps that follow."""
+    block, x, lengths = make(device, d_conv=d_conv), tokens(device, batch=3), [8, 2, 5]
+    ids = torch.arange(8, device=device) < torch.tensor(lengths, device=device)[:, None]
+    ids = ids.int() - 1
+    params = InferenceParams(max_seqlen=9, max_batch_size=3)
+    for start, stop in ((0, 3), (3, 4), (4, 8)):
+        block(x[:, start:stop], inference_params=params, seq_idx=ids[:, start:stop])
+        params.seqlen_offset = stop
+    out = block(x[:, 8:], inference_params=params)
+    for row, length in enumerate(lengths):
+        alone = block(torch.cat([x[row, :length], x[row, 8:]])[None])
+        torch.testing.assert_close(out[row], alone[0, -1:])
+
+
+def test_packed_sequences_need_a_plain_convolution():
+    block = make("cpu")
+    block.conv1d.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="plain torch.nn.Conv1d"):
+        block(tokens("cpu"), seq_idx=torch.zeros(2, 9, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_step_with_states_of_another_dtype(device, state_dtype):
     block, x = make(device, dtype=torch.float32), tokens(device, dtype=torch.float32)

@@ -60,11 +60,15 @@ def test_outputs_and_gradients_are_equal(device, kind, options, dtype):
     check_equal(block, twin, torch.randn(2, 9, 12, device=device, dtype=dtype))
 
 
-@pytest.mark.parametrize("packing", ["seq_idx", "cu_seqlens"])
-def test_packed_rows_are_equal(device, packing):
+@pytest.mark.parametrize(
+    "kind, options, packing",
+    [(Mamba, SMALL, "seq_idx"), (Mamba2, SMALL2, "seq_idx"), (Mamba2, SMALL2, "cu_seqlens")],
+    ids=["Mamba seq_idx", "Mamba2 seq_idx", "Mamba2 cu_seqlens"],
+)
+def test_packed_rows_are_equal(device, kind, options, packing):
     torch.manual_seed(0)
-    block = Mamba2(**SMALL2).to(device)
-    twin = cpp_twin(block, device, **SMALL2)
+    block = kind(**options).to(device)
+    twin = cpp_twin(block, device, **options)
     values = {"seq_idx": [[0, 0, 1, 1, 1, 1, -1, 2, 2]], "cu_seqlens": [0, 2, 2, 9]}[packing]
     packing = {packing: torch.tensor(values, dtype=torch.int32, device=device)}
     check_equal(block, twin, torch.randn(1, 9, 12, device=device), **packing)

@@ -293,8 +293,13 @@ class Mamba2(nn.Module, HubMixin):
         out = self.out_proj(self._gate(z0, x0, z, y.flatten(1)))
         return out[:, None], conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
-        """Zero states (conv_state, ssm_state) for step; max_seqlen does not matter."""
+    def allocate_inference_cache(
+        self, batch_size, max_seqlen, dtype=None, *, state_dtype=None, **kwargs
+    ):
+        """Zero states (conv_state, ssm_state) for step; max_seqlen does not matter.
+
+        dtype: of both, state_dtype: of ssm_state; None: that of the weights.
+        """
         device = self.out_proj.weight.device
         conv_state = torch.zeros(
             batch_size,
@@ -309,7 +314,7 @@ class Mamba2(nn.Module, HubMixin):
             self.headdim,
             self.d_state,
             device=device,
-            dtype=dtype or self.in_proj.weight.dtype,
+            dtype=state_dtype or dtype or self.in_proj.weight.dtype,
         )
         return conv_state, ssm_state
 

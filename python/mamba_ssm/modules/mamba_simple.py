@@ -118,11 +118,15 @@ class Mamba(nn.Module):
 
         self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=bias, **factory_kwargs)
 
-    def forward(self, hidden_states, inference_params=None):
+    def forward(self, hidden_states, inference_params=None, *, seq_idx=None):
         """hidden_states (batch, seqlen, d_model) to the same shape.
 
+        seq_idx (batch, seqlen) packs several sequences into a row, as in selective_scan: none sees
+        another, and tokens with a negative one are padding.
+
         With inference_params the states of this layer are read from its cache (zero at
-        seqlen_offset 0) and left there, outside of any autograd graph, ready for the next tokens.
+        seqlen_offset 0) and left there, outside of any autograd graph, ready for the next tokens
+        (with seq_idx, those of the last sequence of each row).
         """
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.d_model:
             raise ValueError(
@@ -131,15 +135,16 @@ class Mamba(nn.Module):
             )
         if inference_params is not None:
             states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
-            if inference_params.seqlen_offset > 0 and hidden_states.shape[1] == 1:
+            continues = inference_params.seqlen_offset > 0
+            if continues and hidden_states.shape[1] == 1 and seq_idx is None:
                 return self.step(hidden_states, *states)[0]
             return self._forward_unfused(
-                self._project_in(hidden_states), *states, inference_params.seqlen_offset > 0
+                self._project_in(hidden_states), seq_idx, *states, continues
             )
 
         xz = self._project_in(hidden_states)
-        if not (self.use_fast_path and self._is_fusible()):
-            return self._forward_unfused(xz)
+        if seq_idx is not None or not (self.use_fast_path and self._is_fusible()):
+            return self._forward_unfused(xz, seq_idx)
         return ops.mamba_inner(
             xz,
             self.conv1d.weight,
@@ -196,8 +201,13 @@ class Mamba(nn.Module):
         )
         return self.out_proj(y)[:, None], conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
-        """Zero states (conv_state, ssm_state) for step; max_seqlen does not matter."""
+    def allocate_inference_cache(
+        self, batch_size, max_seqlen, dtype=None, *, state_dtype=None, **kwargs
+    ):
+        """Zero states (conv_state, ssm_state) for step; max_seqlen does not matter.
+
+        dtype: of both, state_dtype: of ssm_state; None: that of the weights.
+        """
         device = self.out_proj.weight.device
         conv_state = torch.zeros(
             batch_size,
@@ -211,7 +221,7 @@ class Mamba(nn.Module):
             self.d_inner,
             self.d_state,
             device=device,
-            dtype=dtype or self.dt_proj.weight.dtype,
+            dtype=state_dtype or dtype or self.dt_proj.weight.dtype,
         )
         return conv_state, ssm_state
 
@@ -239,7 +249,7 @@ class Mamba(nn.Module):
             xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
         return xz
 
-    def _forward_unfused(self, xz, conv_state=None, ssm_state=None, continues=False):
+    def _forward_unfused(self, xz, seq_idx=None, conv_state=None, ssm_state=None, continues=False):
         """The block after in_proj, each part through its own module or operation.
 
         Leaves the states after the last token in conv_state and ssm_state where given, and starts
@@ -250,12 +260,12 @@ class Mamba(nn.Module):
         # Inputs before the first token, (batch, d_inner, d_conv - 1).
         history = read_cache(conv_state[..., 1:], x.dtype) if continues else None
         if is_plain(self.conv1d, nn.Conv1d):
-            x, _ = ops.causal_conv1d(
-                x,
-                self.conv1d.weight.squeeze(1),
-                self.conv1d.bias,
-                initial_states=history,
-                silu=True,
+            x, final_states = ops.causal_conv1d(
+                x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, history, silu=True
+            )
+        elif seq_idx is not None:
+            raise NotImplementedError(
+                "Mamba: packed sequences need a conv1d that is a plain torch.nn.Conv1d without hooks"
             )
         else:
             window = x if history is None else torch.cat([history, x], dim=-1)
@@ -279,11 +289,15 @@ class Mamba(nn.Module):
             z=z,
             delta_bias=delta_bias,
             initial_state=read_cache(ssm_state, A.dtype) if continues else None,
+            seq_idx=seq_idx,
             delta_softplus=True,
         )
         if ssm_state is not None:
-            past = conv_state.to(x_in.dtype) if continues else torch.zeros_like(conv_state)
-            columns = torch.cat([past, x_in[..., -self.d_conv :]], dim=-1)
+            if seq_idx is None:
+                past = conv_state.to(x_in.dtype) if continues else torch.zeros_like(conv_state)
+                columns = torch.cat([past, x_in[..., -self.d_conv :]], dim=-1)
+            else:  # of the last sequence
+                columns = F.pad(final_states, (1, 0))
             conv_state.copy_(columns[..., -self.d_conv :].detach())
             ssm_state.copy_(last_state.detach())
         return self.out_proj(y.transpose(1, 2))

@@ -78,13 +78,17 @@ class MAMBA_SSM_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
 
-  /// hidden_states (batch, seqlen, d_model) in the module's dtype -> the same shape.
+  /// hidden_states (batch, seqlen, d_model) in the module's dtype -> the same shape. seq_idx
+  /// (batch, seqlen) packs several sequences into a row, as in selective_scan: none sees another,
+  /// and tokens with a negative one are padding.
   ///
   /// With `state` the tokens continue the sequence that the state has seen, and the state is
-  /// updated in place: a sequence may be given in pieces of any lengths. Gradients then stop at the
-  /// state, and a piece of one token, which runs the decode ops, has none. Raises c10::Error when a
-  /// shape is wrong, before the state is touched.
-  at::Tensor forward(const at::Tensor& hidden_states, MambaState* state = nullptr);
+  /// updated in place: a sequence may be given in pieces of any lengths. With seq_idx it is left as
+  /// the last sequence of each row has it. Gradients then stop at the state, and a piece of one
+  /// token, which runs the decode ops, has none. Raises c10::Error when a shape is wrong, before
+  /// the state is touched.
+  at::Tensor forward(const at::Tensor& hidden_states, MambaState* state = nullptr,
+                     const std::optional<at::Tensor>& seq_idx = std::nullopt);
 
   /// One token: hidden_states (batch, 1, d_model) -> the same shape. conv_state (batch, d_inner,
   /// d_conv) and ssm_state (batch, d_inner, d_state), each of any floating dtype, are updated in
@@ -92,12 +96,14 @@ class MAMBA_SSM_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
   at::Tensor step(const at::Tensor& hidden_states, const at::Tensor& conv_state,
                   const at::Tensor& ssm_state);
 
-  /// A state of zeros on the module's device, of `dtype` or else of the module's dtype (a 16-bit
-  /// module decodes long sequences more accurately with a float32 state). The size of a state does
-  /// not depend on the length of the sequence: max_seqlen is there because caches of other layers
-  /// need it.
-  MambaState allocate_inference_cache(int64_t batch_size, int64_t max_seqlen = 0,
-                                      std::optional<at::ScalarType> dtype = std::nullopt) const;
+  /// A state of zeros on the module's device, of `dtype` or else of the module's dtype; its
+  /// ssm_state of state_dtype if that is given (a 16-bit module decodes long sequences more
+  /// accurately with a float32 one). The size of a state does not depend on the length of the
+  /// sequence: max_seqlen is there because caches of other layers need it.
+  MambaState allocate_inference_cache(
+      int64_t batch_size, int64_t max_seqlen = 0,
+      std::optional<at::ScalarType> dtype = std::nullopt,
+      std::optional<at::ScalarType> state_dtype = std::nullopt) const;
 
   /// Channels inside the block, int(expand * d_model).
   int64_t d_inner() const;
@@ -115,11 +121,13 @@ class MAMBA_SSM_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
   torch::nn::Linear out_proj{nullptr};  // (d_inner) -> (d_model)
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(static_cast<MambaState*>(nullptr))})
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(static_cast<MambaState*>(nullptr))},
+                           {2, torch::nn::AnyValue(std::optional<at::Tensor>())})
 
  private:
   at::Tensor project_in(const at::Tensor& hidden_states);
-  at::Tensor prefill(const at::Tensor& xz, MambaState& state);
+  at::Tensor forward_unfused(const at::Tensor& xz, MambaState* state,
+                             const std::optional<at::Tensor>& seq_idx);
   at::Tensor A() const;
   void check_hidden_states(const at::Tensor& hidden_states) const;
   void check_state(const at::Tensor& conv_state, const at::Tensor& ssm_state, int64_t batch) const;

@@ -122,10 +122,11 @@ class MAMBA_SSM_API Mamba2Impl : public torch::nn::Cloneable<Mamba2Impl> {
   at::Tensor step(const at::Tensor& hidden_states, const at::Tensor& conv_state,
                   const at::Tensor& ssm_state);
 
-  /// A state of zeros on the module's device, of `dtype` or else of the module's dtype; see
-  /// MambaImpl::allocate_inference_cache.
-  MambaState allocate_inference_cache(int64_t batch_size, int64_t max_seqlen = 0,
-                                      std::optional<at::ScalarType> dtype = std::nullopt) const;
+  /// A state of zeros; see MambaImpl::allocate_inference_cache.
+  MambaState allocate_inference_cache(
+      int64_t batch_size, int64_t max_seqlen = 0,
+      std::optional<at::ScalarType> dtype = std::nullopt,
+      std::optional<at::ScalarType> state_dtype = std::nullopt) const;
 
   /// Channels inside the block, int(expand * d_model), and those of the scan.
   int64_t d_inner() const;

@@ -92,9 +92,10 @@ class MAMBA_SSM_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   void reset() override;
 
   /// hidden_states (batch, seqlen, d_model) -> the same shape. `residual` is undefined before the
-  /// first layer, and is replaced. `state`: as in MambaImpl::forward.
+  /// first layer, and is replaced. `state`, `seq_idx`: as in MambaImpl::forward.
   at::Tensor forward(const at::Tensor& hidden_states, at::Tensor& residual,
-                     MambaState* state = nullptr);
+                     MambaState* state = nullptr,
+                     const std::optional<at::Tensor>& seq_idx = std::nullopt);
 
   MambaLMConfig config;
 
@@ -111,8 +112,9 @@ class MAMBA_SSM_API MixerModelImpl : public torch::nn::Cloneable<MixerModelImpl>
   void reset() override;
 
   /// input_ids (batch, seqlen), int32 or int64 -> (batch, seqlen, d_model). `states`: one per
-  /// layer, or nullptr.
-  at::Tensor forward(const at::Tensor& input_ids, std::vector<MambaState>* states = nullptr);
+  /// layer, or nullptr. `seq_idx`: as in MambaImpl::forward.
+  at::Tensor forward(const at::Tensor& input_ids, std::vector<MambaState>* states = nullptr,
+                     const std::optional<at::Tensor>& seq_idx = std::nullopt);
 
   MambaLMConfig config;
 
@@ -141,14 +143,16 @@ class MAMBA_SSM_API MambaLMHeadModelImpl : public torch::nn::Cloneable<MambaLMHe
   /// seqlen, padded_vocab_size), or of the last num_last_tokens tokens only if that is positive.
   ///
   /// With `states`, one per layer, the tokens continue the sequences that the states have seen, and
-  /// the states are updated in place (see MambaImpl::forward).
+  /// the states are updated in place (see MambaImpl::forward, and there also seq_idx).
   at::Tensor forward(const at::Tensor& input_ids, std::vector<MambaState>* states = nullptr,
-                     int64_t num_last_tokens = 0);
+                     int64_t num_last_tokens = 0,
+                     const std::optional<at::Tensor>& seq_idx = std::nullopt);
 
   /// States of zeros, one per layer; see MambaImpl::allocate_inference_cache.
   std::vector<MambaState> allocate_inference_cache(
       int64_t batch_size, int64_t max_seqlen = 0,
-      std::optional<at::ScalarType> dtype = std::nullopt) const;
+      std::optional<at::ScalarType> dtype = std::nullopt,
+      std::optional<at::ScalarType> state_dtype = std::nullopt) const;
 
   /// Reads config.json and model.safetensors in `folder`, as written by save_pretrained here or in
   /// Python. The parameters get `dtype` (absent: torch's default dtype) whatever the file holds.
