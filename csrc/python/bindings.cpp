@@ -1,6 +1,7 @@
 // mamba_ssm._C: the C++ modules as Python objects. The package imports it only to read and write
 // safetensors where the package of that name is not installed.
 #include <mamba_ssm/mamba_ssm.h>
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 #include <torch/csrc/utils/pybind.h>
@@ -13,6 +14,7 @@ namespace {
 
 using namespace pybind11::literals;
 using at::Tensor;
+using mamba_ssm::GenerateOptions;
 using mamba_ssm::Mamba2Impl;
 using mamba_ssm::Mamba2Options;
 using mamba_ssm::MambaImpl;
@@ -21,6 +23,7 @@ using mamba_ssm::MambaState;
 using Dtype = std::optional<at::ScalarType>;
 using Device = std::optional<at::Device>;
 using Path = std::filesystem::path;
+using OptionalInt = std::optional<int64_t>;
 using Tensors = std::map<std::string, Tensor>;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -137,12 +140,36 @@ PYBIND11_MODULE(_C, m) {
                           const std::optional<Tensor>& seq_idx) {
     return model.forward(input_ids, states ? &*states : nullptr, num_last_tokens, seq_idx);
   };
+  const auto generate =
+      [](Model& model, const Tensor& input_ids, int64_t max_length, int64_t top_k, double top_p,
+         double min_p, double temperature, double repetition_penalty, OptionalInt eos_token_id,
+         std::optional<Tensor> lengths, OptionalInt pad_token_id, OptionalInt vocab_size,
+         const std::optional<at::Generator>& generator, OptionalInt prefill_chunk_size,
+         Dtype state_dtype, GenerateOptions::OnTokens on_tokens,
+         GenerateOptions::ShouldStop should_stop) {
+        GenerateOptions options(max_length);
+        options.top_k(top_k).top_p(top_p).min_p(min_p).temperature(temperature);
+        options.repetition_penalty(repetition_penalty).eos_token_id(eos_token_id);
+        options.pad_token_id(pad_token_id)
+            .vocab_size(vocab_size)
+            .generator(generator)
+            .lengths(std::move(lengths));
+        options.prefill_chunk_size(prefill_chunk_size).state_dtype(state_dtype);
+        options.on_tokens(std::move(on_tokens)).should_stop(std::move(should_stop));
+        return model.generate(input_ids, options);
+      };
   auto model = define_module<Model>(m, "MambaLMHeadModel");
   model
       .def_static("from_pretrained", &Model::from_pretrained, "folder"_a, "dtype"_a = py::none(),
                   "device"_a = py::none(), NoGil())
       .def("save_pretrained", &Model::save_pretrained, "folder"_a, NoGil())
       .def("forward", forward, "input_ids"_a, "states"_a = py::none(), "num_last_tokens"_a = 0,
-           "seq_idx"_a = py::none(), NoGil());
+           "seq_idx"_a = py::none(), NoGil())
+      .def("generate", generate, "input_ids"_a, "max_length"_a, "top_k"_a = 1, "top_p"_a = 0.0,
+           "min_p"_a = 0.0, "temperature"_a = 1.0, "repetition_penalty"_a = 1.0,
+           "eos_token_id"_a = py::none(), "lengths"_a = py::none(), "pad_token_id"_a = py::none(),
+           "vocab_size"_a = py::none(), "generator"_a = py::none(),
+           "prefill_chunk_size"_a = py::none(), "state_dtype"_a = py::none(),
+           "on_tokens"_a = py::none(), "should_stop"_a = py::none(), NoGil());
   model.attr("__call__") = model.attr("forward");
 }

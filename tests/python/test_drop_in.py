@@ -183,6 +183,25 @@ SIGNATURES = {
     "device=None, dtype=None",
     "mamba_ssm.distributed.tensor_parallel:ParallelEmbeddings.forward": "self, input_ids, "
     "position_ids=None, combine_batch_seqlen_dim=False",
+    "mamba_ssm.utils.generation:InferenceParams.reset": "self, max_seqlen, max_batch_size",
+    "mamba_ssm.utils.generation:modify_logits_for_min_p_filtering": "logits, min_p",
+    "mamba_ssm.utils.generation:modify_logits_for_top_k_filtering": "logits, top_k",
+    "mamba_ssm.utils.generation:modify_logits_for_top_p_filtering": "logits, top_p",
+    "mamba_ssm.utils.generation:modify_logit_for_repetition_penalty": "logits, "
+    "prev_output_tokens, repetition_penalty=1.0",
+    "mamba_ssm.utils.generation:sample": "logits, top_k=1, top_p=0.0, min_p=0.0, temperature=1.0, "
+    "*, generator=None",
+    "mamba_ssm.utils.generation:decode": "input_ids, model, max_length, top_k=1, top_p=0.0, "
+    "min_p=0.0, temperature=1.0, repetition_penalty=1.0, eos_token_id=None, teacher_outputs=None, "
+    "vocab_size=None, cg=False, enable_timing=False, output_scores=False, streamer=None, *, "
+    "lengths=None, pad_token_id=None, generator=None, prefill_chunk_size=None, state_dtype=None, "
+    "should_stop=None",
+    "mamba_ssm:MambaLMHeadModel.generate": "self, input_ids, max_length, top_k=1, top_p=0.0, "
+    "min_p=0.0, temperature=1.0, return_dict_in_generate=False, output_scores=False, **kwargs",
+    "mamba_ssm.utils.generation:update_graph_cache": "model, cache, batch_size, seqlen_og, "
+    "max_seqlen, decoding_seqlens=(1,), dtype=None, n_warmups=2, *, state_dtype=None",
+    "mamba_ssm.utils.generation:capture_graph": "model, inference_params, batch_size, max_seqlen, "
+    "decoding_seqlen=1, mempool=None, n_warmups=2",
     "causal_conv1d:causal_conv1d_fn": "x, weight, bias=None, seq_idx=None, initial_states=None, "
     "return_final_states=False, final_states_out=None, activation=None",
     "causal_conv1d:causal_conv1d_update": "x, conv_state, weight, bias=None, activation=None, "
@@ -228,7 +247,7 @@ NAMES = {
     "mamba_ssm.utils.torch": "custom_amp_decorator custom_fwd custom_bwd",
     "mamba_ssm.models.config_mamba": "MambaConfig",
     "mamba_ssm.models.mixer_seq_simple": "MixerModel _init_weights",
-    "mamba_ssm.utils.generation": "InferenceParams",
+    "mamba_ssm.utils.generation": "InferenceParams DecodingCGCache GenerationMixin",
     "causal_conv1d": "__version__",
     "causal_conv1d.causal_conv1d_interface": "CausalConv1dFn causal_conv1d_fwd_function "
     "causal_conv1d_bwd_function causal_conv1d_update_function",

@@ -1,6 +1,7 @@
 // Everything public, in one header.
 #pragma once
 
+#include <mamba_ssm/generation.h>
 #include <mamba_ssm/io/safetensors.h>
 #include <mamba_ssm/nn/mamba.h>
 #include <mamba_ssm/nn/mamba2.h>

@@ -19,6 +19,7 @@ from mamba_ssm.modules.mha import MHA
 from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.ops.triton.layer_norm import RMSNorm
 from mamba_ssm.utils._safetensors import save_safetensors
+from mamba_ssm.utils.generation import GenerationMixin
 from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
@@ -187,7 +188,7 @@ def _complete_tied(model, state_dict, prefix, *_):
                 state_dict[name] = state_dict[twin]
 
 
-class MambaLMHeadModel(nn.Module):
+class MambaLMHeadModel(nn.Module, GenerationMixin):
     """MixerModel with a linear head, whose weight is the embedding's when tie_embeddings.
 
     The vocabulary is padded up to a multiple of pad_vocab_size_multiple. initializer_cfg has

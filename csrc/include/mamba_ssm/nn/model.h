@@ -3,6 +3,7 @@
 #pragma once
 
 #include <mamba_ssm/export.h>
+#include <mamba_ssm/generation.h>
 #include <mamba_ssm/nn/mamba.h>
 #include <mamba_ssm/nn/mamba2.h>
 #include <torch/nn/modules/container/modulelist.h>
@@ -127,9 +128,7 @@ TORCH_MODULE(MixerModel);
 /// The language model: tokens in, logits of the next token out.
 ///
 ///     MambaLMHeadModel model = MambaLMHeadModelImpl::from_pretrained("checkpoint");
-///     auto states = model->allocate_inference_cache(/*batch_size=*/1);
-///     auto logits = model->forward(prompt, &states, /*num_last_tokens=*/1);  // then token by
-///     token
+///     at::Tensor sequences = model->generate(prompt, GenerateOptions(/*max_length=*/100));
 ///
 /// Initialised as published: embedding N(0, 0.02), every out_proj divided by sqrt(n_layer).
 /// Source: Mamba (arXiv 2312.00752), section 3.4.
@@ -153,6 +152,11 @@ class MAMBA_SSM_API MambaLMHeadModelImpl : public torch::nn::Cloneable<MambaLMHe
       int64_t batch_size, int64_t max_seqlen = 0,
       std::optional<at::ScalarType> dtype = std::nullopt,
       std::optional<at::ScalarType> state_dtype = std::nullopt) const;
+
+  /// Continues each row of input_ids (batch, seqlen), int32 or int64, until it has max_length
+  /// tokens or emits eos_token_id: (batch, total length), int64, with the prompts. Prompts of
+  /// max_length tokens or more come back as they are. Raises c10::Error for options out of range.
+  at::Tensor generate(const at::Tensor& input_ids, const GenerateOptions& options);
 
   /// Reads config.json and model.safetensors in `folder`, as written by save_pretrained here or in
   /// Python. The parameters get `dtype` (absent: torch's default dtype) whatever the file holds.
