@@ -6,7 +6,6 @@
 // Writes prompt and continuation to stdout as they arise, and the speed to stderr. Equal arguments
 // give equal bytes, those that the Python demo (python -m mamba_ssm demo) draws.
 #include <ATen/CPUGeneratorImpl.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 #include <mamba_ssm/nn/model.h>
 
@@ -74,41 +73,29 @@ Arguments parse(int argc, char** argv) {
   return arguments;
 }
 
-/// Draws the next token: the first whose cumulative probability exceeds a uniform random number.
-int64_t sample(const at::Tensor& logits, const Arguments& arguments, at::Generator& generator) {
-  if (arguments.greedy) return logits.argmax(-1).item<int64_t>();
-  const at::Tensor p = at::softmax(logits.to(at::kFloat) / arguments.temperature, -1);
-  const at::Tensor c = at::cumsum(p, -1);  // (vocab)
-  const at::Tensor u = at::rand({1}, generator);
-  const at::Tensor next = at::searchsorted(c, u * c.narrow(0, c.size(0) - 1, 1),
-                                           /*out_int32=*/false, /*right=*/true);
-  return next.clamp_max(c.size(0) - 1).item<int64_t>();
-}
-
 void generate(const Arguments& arguments) {
-  const c10::InferenceMode inference;
   mamba_ssm::MambaLMHeadModel model =
       mamba_ssm::MambaLMHeadModelImpl::from_pretrained(arguments.checkpoint);
   const int64_t vocab_size = model->config.vocab_size();
   if (vocab_size > 256) throw std::runtime_error("the checkpoint is not of a byte-level model");
 
-  at::Tensor tokens = at::empty({1, static_cast<int64_t>(arguments.prompt.size())}, at::kLong);
-  for (size_t i = 0; i < arguments.prompt.size(); ++i) {
-    tokens[0][static_cast<int64_t>(i)] = static_cast<unsigned char>(arguments.prompt[i]);
+  const auto length = static_cast<int64_t>(arguments.prompt.size());
+  at::Tensor prompt = at::empty({1, length}, at::kLong);
+  for (int64_t i = 0; i < length; ++i) {
+    prompt[0][i] = static_cast<unsigned char>(arguments.prompt[i]);
   }
-  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(arguments.seed);
-  auto states = model->allocate_inference_cache(/*batch_size=*/1);
+  const auto options = mamba_ssm::GenerateOptions(length + arguments.bytes)
+                           .top_k(arguments.greedy ? 1 : 0)
+                           .temperature(arguments.temperature)
+                           .vocab_size(vocab_size)
+                           .generator(at::make_generator<at::CPUGeneratorImpl>(arguments.seed))
+                           .on_tokens([](const at::Tensor& tokens) {
+                             std::cout << static_cast<char>(tokens.item<int64_t>()) << std::flush;
+                           });
 
   std::cout << arguments.prompt << std::flush;
   const auto start = std::chrono::steady_clock::now();
-  for (int64_t i = 0; i < arguments.bytes; ++i) {
-    const at::Tensor logits = model->forward(tokens, &states, /*num_last_tokens=*/1)
-                                  .flatten()
-                                  .narrow(0, 0, vocab_size);  // without the padding rows
-    const int64_t next = sample(logits, arguments, generator);
-    std::cout << static_cast<char>(next) << std::flush;
-    tokens = at::full({1, 1}, next, at::kLong);
-  }
+  model->generate(prompt, options);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   std::cout << std::endl;
   std::cerr << arguments.bytes << " tokens after a prompt of " << arguments.prompt.size() << ", "

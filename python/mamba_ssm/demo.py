@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel, _library
 from mamba_ssm.models.config_mamba import MambaConfig
-from mamba_ssm.utils.generation import InferenceParams
 
 CONFIG = dict(d_model=128, n_layer=3, vocab_size=256)
 SSM_CFG = {
@@ -225,28 +224,6 @@ def save_loss_curve(curve, after, order2, path):
     print(f"loss curve: {path}")
 
 
-@torch.inference_mode()
-def generate(model, prompt, count, temperature, seed, greedy):
-    """Continues the prompt by count bytes, one token at a time, on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    params = InferenceParams(max_seqlen=len(prompt) + count, max_batch_size=1)
-    tokens = torch.tensor([list(prompt)])
-    sample = bytearray()
-    for _ in range(count):
-        logits = model(tokens, inference_params=params, num_last_tokens=1).logits.flatten()
-        params.seqlen_offset += tokens.shape[1]
-        if greedy:
-            token = int(logits.argmax())
-        else:  # inverse of the cumulative distribution
-            cumulative = torch.cumsum(torch.softmax(logits.float() / temperature, -1), -1)
-            u = torch.rand(1, generator=generator) * cumulative[-1:]
-            index = torch.searchsorted(cumulative, u, right=True)
-            token = int(index.clamp(max=len(cumulative) - 1))
-        sample.append(token)
-        tokens = torch.tensor([[token]])
-    return bytes(sample)
-
-
 def compare_languages(checkpoint, args):
     """Samples from the checkpoint in Python and with the C++ example: whether they agree."""
     model = MambaLMHeadModel.from_pretrained(checkpoint).eval()
@@ -256,9 +233,16 @@ def compare_languages(checkpoint, args):
     for greedy in (False, True):
         name = "greedy" if greedy else f"temperature {TEMPERATURE}, seed {args.seed}"
         start = time.monotonic()
-        sample = generate(model, prompt, SAMPLE_BYTES, TEMPERATURE, args.seed, greedy)
+        tokens = model.generate(
+            torch.tensor([list(prompt)]),
+            len(prompt) + SAMPLE_BYTES,
+            top_k=1 if greedy else 0,
+            temperature=TEMPERATURE,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
         speed = SAMPLE_BYTES / (time.monotonic() - start)
-        text = (prompt + sample).decode("utf-8", errors="replace")
+        sample = bytes(tokens[0].tolist())  # with the prompt
+        text = sample.decode("utf-8", errors="replace")
         print(f"--- Python, {name}, {speed:,.0f} bytes/s\n{text}\n---")
         if program is None:
             continue
@@ -267,7 +251,7 @@ def compare_languages(checkpoint, args):
         result = subprocess.run(command + ["--greedy"] * greedy, stdout=subprocess.PIPE)
         if result.returncode != 0:
             verdict = f"FAILED with exit code {result.returncode}"
-        elif result.stdout == prompt + sample + b"\n":
+        elif result.stdout == sample + b"\n":
             verdict = "the same bytes"
         else:
             verdict = "DIFFERENT bytes:\n" + result.stdout.decode("utf-8", errors="replace")
