@@ -1,4 +1,5 @@
 // Packed sequences given as offsets, for ops that read ids.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>

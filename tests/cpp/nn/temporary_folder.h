@@ -1,9 +1,10 @@
-// A folder of its own for a test, removed with everything in it at the end.
+// Files of a test: a folder of its own, removed with everything in it at the end.
 #pragma once
 
 #include <stdlib.h>
 
 #include <filesystem>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 
@@ -24,3 +25,9 @@ class TemporaryFolder {
  private:
   std::filesystem::path path_;
 };
+
+/// Writes a file that has exactly these bytes; returns `path`.
+inline std::filesystem::path write(const std::filesystem::path& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+  return path;
+}

@@ -13,26 +13,14 @@
 #include <map>
 #include <vector>
 
+#include "values.h"
+
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
 using mamba_ssm::Mamba;
 using mamba_ssm::MambaImpl;
 using mamba_ssm::MambaOptions;
 using mamba_ssm::MambaState;
-
-namespace {
-
-const std::filesystem::path kGolden =
-    std::filesystem::path(MAMBA_SSM_GOLDEN_DIR) / "mamba.safetensors";
-
-void check_close(const Tensor& actual, const Tensor& expected, double rtol = 1e-4,
-                 double atol = 1e-5) {
-  REQUIRE(actual.sizes() == expected.sizes());
-  CAPTURE((actual - expected).abs().max().item<double>());
-  CHECK(at::allclose(actual, expected, rtol, atol));
-}
-
-}  // namespace
 
 TEST_CASE("a Mamba block has the parameters of its Python twin", "[mamba]") {
   Mamba block(MambaOptions(16).d_state(64));
@@ -129,7 +117,7 @@ TEST_CASE("wrong options and arguments are refused in words", "[mamba]") {
 }
 
 TEST_CASE("the golden file: forward and gradients", "[mamba]") {
-  const auto golden = mamba_ssm::load_safetensors(kGolden);
+  const auto golden = mamba_ssm::load_safetensors(golden_file("mamba.safetensors"));
   Mamba block(MambaOptions(16).d_state(8));
   std::map<std::string, Tensor> weights;
   for (const auto& [name, tensor] : golden) {

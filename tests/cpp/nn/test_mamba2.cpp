@@ -13,6 +13,8 @@
 #include <map>
 #include <vector>
 
+#include "values.h"
+
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
 using mamba_ssm::Mamba2;
@@ -21,17 +23,6 @@ using mamba_ssm::Mamba2Options;
 using mamba_ssm::MambaState;
 
 namespace {
-
-const std::filesystem::path kGolden =
-    std::filesystem::path(MAMBA_SSM_GOLDEN_DIR) / "mamba2.safetensors";
-
-void check_close(const Tensor& actual, const Tensor& expected, double rtol = 1e-4,
-                 double atol = 1e-5) {
-  REQUIRE(actual.sizes() == expected.sizes());
-  if (actual.numel() == 0) return;
-  CAPTURE((actual - expected).abs().max().item<double>());
-  CHECK(at::allclose(actual, expected, rtol, atol));
-}
 
 Mamba2Options small() { return Mamba2Options(16).d_state(5).headdim(4); }
 
@@ -152,7 +143,7 @@ TEST_CASE("wrong options and arguments of Mamba2 are refused in words", "[mamba2
 }
 
 TEST_CASE("the golden file of Mamba2: forward and gradients", "[mamba2]") {
-  const auto golden = mamba_ssm::load_safetensors(kGolden);
+  const auto golden = mamba_ssm::load_safetensors(golden_file("mamba2.safetensors"));
   Mamba2 block(Mamba2Options(16).d_state(8).d_ssm(24).headdim(4).ngroups(2));
   std::map<std::string, Tensor> weights;
   for (const auto& [name, tensor] : golden) {

@@ -8,12 +8,12 @@
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/matchers/catch_matchers_string.hpp>
 #include <cmath>
-#include <fstream>
 #include <map>
 #include <set>
 #include <vector>
 
 #include "temporary_folder.h"
+#include "values.h"
 
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
@@ -43,17 +43,6 @@ std::set<std::string> names_of(const torch::nn::Module& module) {
   std::set<std::string> names;
   for (const auto& item : module.named_parameters()) names.insert(item.key());
   return names;
-}
-
-void write(const std::filesystem::path& path, const std::string& text) {
-  std::ofstream(path, std::ios::trunc) << text;
-}
-
-void check_close(const Tensor& actual, const Tensor& expected, double rtol = 1e-4,
-                 double atol = 1e-5) {
-  REQUIRE(actual.sizes() == expected.sizes());
-  CAPTURE((actual - expected).abs().max().item<double>());
-  CHECK(at::allclose(actual, expected, rtol, atol));
 }
 
 }  // namespace
