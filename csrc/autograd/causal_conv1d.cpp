@@ -19,12 +19,30 @@ std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight,
   return op.call(x, weight, bias, seq_idx, initial_states, silu);
 }
 
+void causal_conv1d_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
+                       bool silu, const Tensor& out, const Tensor& final_states) {
+  static const auto op = find_op<decltype(causal_conv1d_out)>("mamba_ssm::causal_conv1d_out");
+  op.call(x, weight, bias, seq_idx, initial_states, silu, out, final_states);
+}
+
 std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> causal_conv1d_bwd(
     const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x, const Tensor& weight,
     const OptionalTensor& bias, const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
     bool silu) {
   static const auto op = find_op<decltype(causal_conv1d_bwd)>("mamba_ssm::causal_conv1d_bwd");
   return op.call(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, silu);
+}
+
+void causal_conv1d_bwd_out(const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x,
+                           const Tensor& weight, const OptionalTensor& bias,
+                           const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
+                           bool silu, const Tensor& dx, const Tensor& dweight,
+                           const OptionalTensor& dbias, const OptionalTensor& dinitial_states) {
+  static const auto op =
+      find_op<decltype(causal_conv1d_bwd_out)>("mamba_ssm::causal_conv1d_bwd_out");
+  op.call(dout, dfinal_states, x, weight, bias, seq_idx, initial_states, silu, dx, dweight, dbias,
+          dinitial_states);
 }
 
 Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
@@ -95,6 +113,14 @@ std::tuple<Tensor, Tensor> causal_conv1d_meta(const Tensor& x, const Tensor& wei
   return {at::empty_like(x), empty_columns(x, sizes.batch, sizes.dim, sizes.width - 1)};
 }
 
+void causal_conv1d_out_meta(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
+                            bool, const Tensor& out, const Tensor& final_states) {
+  const MetaChecks checks("causal_conv1d_out", "x", x);
+  const auto sizes = check_causal_conv1d(checks, x, weight, bias, seq_idx, initial_states);
+  check_causal_conv1d_results(checks, sizes, x, out, final_states);
+}
+
 std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> causal_conv1d_bwd_meta(
     const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x, const Tensor& weight,
     const OptionalTensor& bias, const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
@@ -107,6 +133,19 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> causal_conv1d_bwd_met
     dinitial_states = empty_columns(x, sizes.batch, sizes.dim, sizes.width - 1);
   }
   return {at::empty_like(x), at::empty_like(weight), empty_like(bias), dinitial_states};
+}
+
+void causal_conv1d_bwd_out_meta(const Tensor& dout, const OptionalTensor& dfinal_states,
+                                const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
+                                bool, const Tensor& dx, const Tensor& dweight,
+                                const OptionalTensor& dbias,
+                                const OptionalTensor& dinitial_states) {
+  const MetaChecks checks("causal_conv1d_bwd_out", "x", x);
+  const auto sizes = check_causal_conv1d(checks, x, weight, bias, seq_idx, initial_states);
+  check_causal_conv1d_bwd_results(checks, x, weight, bias, initial_states, dx, dweight, dbias,
+                                  dinitial_states);
+  check_causal_conv1d_gradients(checks, sizes, x, dout, dfinal_states);
 }
 
 Tensor causal_conv1d_update_meta(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
@@ -129,14 +168,18 @@ Tensor causal_conv1d_varlen_states_meta(const Tensor& x, const Tensor& cu_seqlen
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Autograd, m) {
   m.impl("causal_conv1d", causal_conv1d_autograd);
+  m.impl("causal_conv1d_out", torch::autograd::autogradNotImplementedFallback());
   m.impl("causal_conv1d_bwd", torch::autograd::autogradNotImplementedFallback());
+  m.impl("causal_conv1d_bwd_out", torch::autograd::autogradNotImplementedFallback());
   m.impl("causal_conv1d_update", torch::autograd::autogradNotImplementedFallback());
   m.impl("causal_conv1d_varlen_states", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Meta, m) {
   m.impl("causal_conv1d", causal_conv1d_meta);
+  m.impl("causal_conv1d_out", causal_conv1d_out_meta);
   m.impl("causal_conv1d_bwd", causal_conv1d_bwd_meta);
+  m.impl("causal_conv1d_bwd_out", causal_conv1d_bwd_out_meta);
   m.impl("causal_conv1d_update", causal_conv1d_update_meta);
   m.impl("causal_conv1d_varlen_states", causal_conv1d_varlen_states_meta);
 }

@@ -2,8 +2,12 @@
 #pragma once
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
+
+#include <string>
 
 #include "dispatch.h"
 
@@ -13,6 +17,11 @@ namespace mamba_ssm {
 /// below autograd no op may do.)
 inline Tensor as_type(const Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
+/// A fresh tensor like `tensor`; undefined for an undefined one.
+inline Tensor like(const Tensor& tensor) {
+  return tensor.defined() ? at::empty_like(tensor) : Tensor();
 }
 
 /// Inside a composite every dtype is chosen already: autocast must not touch its products.
@@ -68,5 +77,39 @@ struct GivenTensors {
     return selected;
   }
 };
+
+/// Gives `gradients` a history that leads to `inputs` and cannot be walked.
+struct NotTwice : torch::autograd::Function<NotTwice> {
+  using List = torch::autograd::variable_list;
+
+  static List forward(torch::autograd::AutogradContext* ctx, at::TensorList /*inputs*/,
+                      at::TensorList gradients, const std::string& name) {
+    ctx->saved_data["name"] = name;
+    return gradients.vec();
+  }
+
+  static List backward(torch::autograd::AutogradContext* ctx, const List& /*gradients*/) {
+    TORCH_CHECK(false, ctx->saved_data["name"].toStringRef(), " cannot be differentiated twice");
+  }
+};
+
+/// The gradients that `backward` computes from `inputs`. It writes into views of them, which
+/// autograd does not follow; so it runs unrecorded, and a derivative of its results is refused.
+template <class Backward>
+torch::autograd::variable_list once_differentiable(const char* name,
+                                                   const torch::autograd::variable_list& inputs,
+                                                   const Backward& backward) {
+  if (!at::GradMode::is_enabled()) return backward();
+  torch::autograd::variable_list all;
+  {
+    const at::NoGradGuard no_grad;
+    all = backward();
+  }
+  const GivenTensors from(inputs), gradients(all);
+  return GivenTensors::restore(
+      NotTwice::apply(at::TensorList(from.defined), at::TensorList(gradients.defined),
+                      std::string(name)),
+      gradients.bits, all.size());
+}
 
 }  // namespace mamba_ssm

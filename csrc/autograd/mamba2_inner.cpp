@@ -7,11 +7,15 @@
 //   y       = rms_norm_gated(y, gate z), or gated inside the scan where there is no norm
 //   result  = [silu(z0) x0, y] out_proj_weight^T + out_proj_bias
 //
-// Everything stays channel-last, as in_proj writes it and out_proj reads it.
-// Source: Mamba-2 (arXiv 2405.21060), section 7, figure 6.
+// Everything stays channel-last, as in_proj writes it and out_proj reads it. Gradients of parts of
+// a tensor are written where they belong in its gradient. Source: Mamba-2 (arXiv 2405.21060),
+// section 7, figure 6.
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/zeros.h>
@@ -86,14 +90,36 @@ struct Arguments {
     return (zxbcdt.sym_size(2) - ssm_columns()).guard_int(__FILE__, __LINE__) / 2;
   }
 
-  Tensor z0() const { return zxbcdt.narrow(2, 0, d_nonssm()); }
-  Tensor x0() const { return zxbcdt.narrow(2, d_nonssm(), d_nonssm()); }
-  Tensor z() const { return zxbcdt.narrow(2, 2 * d_nonssm(), dim()); }
-  /// As the convolution takes it: (batch, channels, seqlen).
-  Tensor xBC() const {
-    return zxbcdt.narrow(2, 2 * d_nonssm() + dim(), channels()).transpose(1, 2);
+  /// The parts of zxbcdt or of its gradient, as their kernels take them.
+  struct Parts {
+    Tensor z0, x0;  // (batch, seqlen, d_nonssm)
+    Tensor z;       // (batch, seqlen, dim)
+    Tensor xBC;     // (batch, channels, seqlen)
+    Tensor dt;      // (batch, seqlen, nheads)
+  };
+  Parts parts_of(const Tensor& whole) const {
+    const int64_t d = d_nonssm();
+    return {whole.narrow(2, 0, d), whole.narrow(2, d, d), whole.narrow(2, 2 * d, dim()),
+            whole.narrow(2, 2 * d + dim(), channels()).transpose(1, 2),
+            whole.narrow(2, 2 * d + dim() + channels(), nheads())};
   }
-  Tensor dt() const { return zxbcdt.narrow(2, 2 * d_nonssm() + dim() + channels(), nheads()); }
+  Parts parts() const { return parts_of(zxbcdt); }
+
+  Tensor by_head(const Tensor& columns) const {
+    return columns.unflatten(2, {nheads(), options.headdim});
+  }
+  /// The parts of `xBC` (batch, channels, seqlen) or of its gradient, as the scan takes them.
+  struct ScanParts {
+    Tensor x, B, C;
+  };
+  ScanParts scan_parts_of(const Tensor& xBC) const {
+    const Tensor tokens = xBC.transpose(1, 2);
+    const auto by_group = [&](const Tensor& columns) {
+      return columns.unflatten(2, {options.ngroups, dstate()});
+    };
+    return {by_head(tokens.narrow(2, 0, dim())), by_group(tokens.narrow(2, dim(), rows())),
+            by_group(tokens.narrow(2, dim() + rows(), rows()))};
+  }
 
   OptionalTensor conv_seq_idx() const {
     if (!cu_seqlens.defined()) return from_saved(seq_idx);
@@ -109,26 +135,26 @@ struct ScanInputs {
   Tensor x, B, C;
   OptionalTensor z;  // where the scan applies the gate
 
-  explicit ScanInputs(const Arguments& a) : conv_seq_idx(a.conv_seq_idx()) {
+  ScanInputs(const Arguments& a, const Arguments::Parts& parts) : conv_seq_idx(a.conv_seq_idx()) {
     const Tensor xBC =
-        std::get<0>(causal_conv1d(a.xBC(), a.conv1d_weight, from_saved(a.conv1d_bias), conv_seq_idx,
-                                  std::nullopt, a.options.silu))
-            .transpose(1, 2);
-    x = xBC.narrow(2, 0, a.dim()).unflatten(2, {a.nheads(), a.options.headdim});
-    B = xBC.narrow(2, a.dim(), a.rows()).unflatten(2, {a.options.ngroups, a.dstate()});
-    C = xBC.narrow(2, a.dim() + a.rows(), a.rows()).unflatten(2, {a.options.ngroups, a.dstate()});
-    if (!a.norm_weight.defined()) z = a.z().unflatten(2, {a.nheads(), a.options.headdim});
+        std::get<0>(causal_conv1d(parts.xBC, a.conv1d_weight, from_saved(a.conv1d_bias),
+                                  conv_seq_idx, std::nullopt, a.options.silu));
+    const auto scan = a.scan_parts_of(xBC);
+    x = scan.x;
+    B = scan.B;
+    C = scan.C;
+    if (!a.norm_weight.defined()) z = a.by_head(parts.z);
   }
 };
 
 /// What out_proj reads: y, behind its norm if there is one, and silu(z0) x0 in front of it.
-Tensor out_proj_input(const Arguments& a, const Tensor& y) {
+Tensor out_proj_input(const Arguments& a, const Arguments::Parts& parts, const Tensor& y) {
   Tensor result = y;
   if (a.norm_weight.defined()) {
-    result = rms_norm_gated(y, a.norm_weight, std::nullopt, a.z(), a.options.norm_eps,
+    result = rms_norm_gated(y, a.norm_weight, std::nullopt, parts.z, a.options.norm_eps,
                             a.group_size(), a.options.norm_before_gate);
   }
-  return a.d_nonssm() == 0 ? result : at::cat({at::silu(a.z0()) * a.x0(), result}, 2);
+  return a.d_nonssm() == 0 ? result : at::cat({at::silu(parts.z0) * parts.x0, result}, 2);
 }
 
 /// The values of a call. y (batch, seqlen, dim) is what comes out of the scan.
@@ -136,13 +162,14 @@ struct Values {
   Tensor y, final_states, out;
 
   explicit Values(const Arguments& a) {
-    const ScanInputs in(a);
+    const auto parts = a.parts();
+    const ScanInputs in(a, parts);
     std::tie(y, final_states) = ssd_chunk_scan(
-        in.x, a.dt(), a.A, in.B, in.C, from_saved(a.D), in.z, from_saved(a.dt_bias),
+        in.x, parts.dt, a.A, in.B, in.C, from_saved(a.D), in.z, from_saved(a.dt_bias),
         from_saved(a.initial_states), from_saved(a.seq_idx), from_saved(a.cu_seqlens),
         /*dt_softplus=*/true, a.options.dt_min, a.options.dt_max);
     y = y.flatten(2);
-    out = out_proj_input(a, y);
+    out = out_proj_input(a, parts, y);
     if (a.out_proj_weight.defined()) {
       out = at::linear(as_type(out, a.out_proj_weight.scalar_type()), a.out_proj_weight,
                        from_saved(a.out_proj_bias));
@@ -190,6 +217,17 @@ struct Mamba2Inner : torch::autograd::Function<Mamba2Inner> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const variable_list saved = ctx->get_saved_variables();
+    variable_list inputs = saved;
+    inputs.insert(inputs.end(), gradients.begin(), gradients.end());
+    return once_differentiable("mamba2_inner", inputs, [&] {
+      return GivenTensors::select(gradients_of(ctx, saved, gradients[0], from_saved(gradients[1])),
+                                  ctx->saved_data["given"].toInt(), kOthers);
+    });
+  }
+
+  /// The gradients of all arguments, from those of the results; `dout` may be undefined.
+  static variable_list gradients_of(AutogradContext* ctx, const variable_list& saved, Tensor dout,
+                                    const OptionalTensor& dfinal_states) {
     auto& data = ctx->saved_data;
     const auto a = Arguments::from(
         saved, {data["headdim"].toInt(), data["ngroups"].toInt(), data["silu"].toBool(),
@@ -200,8 +238,11 @@ struct Mamba2Inner : torch::autograd::Function<Mamba2Inner> {
     const int64_t d_nonssm = a.d_nonssm();
     const bool has_norm = a.norm_weight.defined(), has_out_proj = a.out_proj_weight.defined();
 
+    const auto parts = a.parts();
+    const Tensor dzxbcdt = at::empty_like(a.zxbcdt);
+    Arguments::Parts dparts = a.parts_of(dzxbcdt);
+
     // out_proj
-    Tensor dout = gradients[0];
     if (!dout.defined()) {
       const SymInt columns =
           has_out_proj ? a.out_proj_weight.sym_size(0) : SymInt(d_nonssm + a.dim());
@@ -211,61 +252,67 @@ struct Mamba2Inner : torch::autograd::Function<Mamba2Inner> {
     }
     Tensor dout_proj_weight, dout_proj_bias;
     if (has_out_proj) {
-      const Tensor input = as_type(out_proj_input(a, y), dout.scalar_type());
-      dout_proj_weight = at::matmul(dout.flatten(0, 1).t(), input.flatten(0, 1));
-      if (a.out_proj_bias.defined()) dout_proj_bias = dout.sum(at::IntArrayRef{0, 1});
-      dout = as_type(at::matmul(dout, a.out_proj_weight), T);
+      const Tensor input = as_type(out_proj_input(a, parts, y), dout.scalar_type());
+      const Tensor tokens = dout.flatten(0, 1);
+      dout_proj_weight = at::mm(tokens.t(), input.flatten(0, 1));
+      if (a.out_proj_bias.defined()) dout_proj_bias = tokens.sum(0);
+      dout = as_type(at::mm(tokens, a.out_proj_weight), T)
+                 .view_symint({a.zxbcdt.sym_size(0), a.zxbcdt.sym_size(1), d_nonssm + a.dim()});
     }
 
-    // The parts of dzxbcdt, in its order.
-    variable_list parts;
+    // The gated MLP
     if (d_nonssm > 0) {
       const Tensor dproduct = dout.narrow(2, 0, d_nonssm);
-      parts.push_back(at::silu_backward(dproduct * a.x0(), a.z0()));
-      parts.push_back(dproduct * at::silu(a.z0()));
+      at::silu_backward_out(dparts.z0, dproduct * parts.x0, parts.z0);
+      at::mul_out(dparts.x0, dproduct, at::silu(parts.z0));
     }
 
     // norm
     Tensor dy = dout.narrow(2, d_nonssm, a.dim()), dnorm_weight;
     if (has_norm) {
-      auto [dx, dweight, dbias, dz] =
-          rms_norm_gated_bwd(dy, y, a.norm_weight, std::nullopt, a.z(), a.options.norm_eps,
-                             a.group_size(), a.options.norm_before_gate, /*is_rms_norm=*/true);
-      dy = dx;
-      dnorm_weight = dweight;
-      parts.push_back(*dz);
+      const Tensor dgated = dy;
+      dy = at::empty_like(y);
+      dnorm_weight = at::empty_like(a.norm_weight);
+      rms_norm_gated_bwd_out(dgated, y, a.norm_weight, std::nullopt, parts.z, a.options.norm_eps,
+                             a.group_size(), a.options.norm_before_gate, /*is_rms_norm=*/true, dy,
+                             dnorm_weight, std::nullopt, dparts.z);
     }
 
     // scan
-    const ScanInputs in(a);
-    auto [dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states] = ssd_chunk_scan_bwd(
-        dy.unflatten(2, {a.nheads(), a.options.headdim}), from_saved(gradients[1]), in.x, a.dt(),
-        a.A, in.B, in.C, from_saved(a.D), in.z, from_saved(a.dt_bias), from_saved(a.initial_states),
-        from_saved(a.seq_idx), from_saved(a.cu_seqlens),
-        /*dt_softplus=*/true, a.options.dt_min, a.options.dt_max);
-    if (dz) parts.push_back(dz->flatten(2));
+    const ScanInputs in(a, parts);
+    const Tensor dxBC = at::empty_symint({a.zxbcdt.sym_size(0), a.zxbcdt.sym_size(1), a.channels()},
+                                         a.zxbcdt.options())
+                            .transpose(1, 2);
+    const auto dscan = a.scan_parts_of(dxBC);
+    const Tensor dA = at::empty_like(a.A), dD = like(a.D), ddt_bias = like(a.dt_bias);
+    const Tensor dinitial_states = like(a.initial_states);
+    const auto dz = has_norm ? std::nullopt : OptionalTensor(a.by_head(dparts.z));
+    ssd_chunk_scan_bwd_out(a.by_head(dy), dfinal_states, in.x, parts.dt, a.A, in.B, in.C,
+                           from_saved(a.D), in.z, from_saved(a.dt_bias),
+                           from_saved(a.initial_states), from_saved(a.seq_idx),
+                           from_saved(a.cu_seqlens), /*dt_softplus=*/true, a.options.dt_min,
+                           a.options.dt_max, dscan.x, dparts.dt, dA, dscan.B, dscan.C,
+                           from_saved(dD), dz, from_saved(ddt_bias), from_saved(dinitial_states));
 
     // convolution
-    const Tensor dxBC = at::cat({dx.flatten(2), dB.flatten(2), dC.flatten(2)}, 2).transpose(1, 2);
-    auto [dconv, dconv1d_weight, dconv1d_bias, dconv_states] =
-        causal_conv1d_bwd(dxBC, std::nullopt, a.xBC(), a.conv1d_weight, from_saved(a.conv1d_bias),
-                          in.conv_seq_idx, std::nullopt, a.options.silu);
-    parts.push_back(dconv.transpose(1, 2));
-    parts.push_back(ddt);
+    const Tensor dconv1d_weight = at::empty_like(a.conv1d_weight),
+                 dconv1d_bias = like(a.conv1d_bias);
+    causal_conv1d_bwd_out(dxBC, std::nullopt, parts.xBC, a.conv1d_weight, from_saved(a.conv1d_bias),
+                          in.conv_seq_idx, std::nullopt, a.options.silu, dparts.xBC, dconv1d_weight,
+                          from_saved(dconv1d_bias), std::nullopt);
 
-    const variable_list all{at::cat(parts, 2),
-                            dconv1d_weight,
-                            to_saved(dconv1d_bias),
-                            dA,
-                            to_saved(dD),
-                            to_saved(ddt_bias),
-                            dnorm_weight,
-                            dout_proj_weight,
-                            dout_proj_bias,
-                            to_saved(dinitial_states),
-                            Tensor(),
-                            Tensor()};
-    return GivenTensors::select(all, data["given"].toInt(), kOthers);
+    return {dzxbcdt,
+            dconv1d_weight,
+            dconv1d_bias,
+            dA,
+            dD,
+            ddt_bias,
+            dnorm_weight,
+            dout_proj_weight,
+            dout_proj_bias,
+            dinitial_states,
+            Tensor(),
+            Tensor()};
   }
 };
 

@@ -7,11 +7,18 @@
 //   y      = selective_scan(x, delta, A, B, C, D, z, delta_bias)
 //   result = y^T out_proj_weight^T                                   (batch, seqlen, d_model)
 //
-// Everything stays channel-first, so that time is contiguous from the convolution to the scan and
-// the projections are matrix products with the weight on the left: no tensor is ever rearranged.
+// What is made here is stored as (channels, batch, seqlen) and seen as (batch, channels, seqlen).
+// Time is contiguous, as convolution and scan walk it; each projection is one matrix product over
+// all tokens, and so is the gradient of each weight; a part of the channels is a range of rows.
+// Gradients of parts of a tensor are written where they belong in its gradient. So no tensor is
+// ever rearranged: at both ends, where layouts are the caller's, are kernels that take any strides
+// and operands of products.
+//
 // Source: Mamba (arXiv 2312.00752), section 3.4, figure 3.
-#include <ATen/ops/cat.h>
-#include <ATen/ops/matmul.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/rsqrt.h>
 #include <mamba_ssm/ops.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -81,15 +88,31 @@ struct Arguments {
             t[14], t[15], t[16], delta_softplus, checkpoint_lvl, b_c_dt_rms_eps};
   }
 
+  c10::SymInt batch() const { return xz.sym_size(0); }
   c10::SymInt dim() const { return xz.sym_size(1) / 2; }
+  c10::SymInt seqlen() const { return xz.sym_size(2); }
   int64_t dt_rank() const { return delta_proj_weight.size(1); }
   /// Rows of x_dbl that B or C takes: a complex state takes two.
   int64_t rows() const { return A.size(1) * (A.is_complex() ? 2 : 1); }
-  Tensor x() const { return xz.narrow_symint(1, 0, dim()); }
-  Tensor z() const { return xz.narrow_symint(1, dim(), dim()); }
+  /// The halves of xz or of its gradient.
+  Tensor x_of(const Tensor& pair) const { return pair.narrow_symint(1, 0, dim()); }
+  Tensor z_of(const Tensor& pair) const { return pair.narrow_symint(1, dim(), dim()); }
+  Tensor x() const { return x_of(xz); }
+  Tensor z() const { return z_of(xz); }
+
+  /// `columns` (channels, batch * seqlen) seen as (batch, channels, seqlen).
+  Tensor by_batch(const Tensor& columns) const {
+    return columns.view_symint({columns.sym_size(0), batch(), seqlen()}).transpose(0, 1);
+  }
 
   void check() const;
 };
+
+/// The inverse of by_batch: a view, of tensors stored that way.
+Tensor columns_of(const Tensor& tensor) {
+  return tensor.transpose(0, 1).view_symint(
+      {tensor.sym_size(1), tensor.sym_size(0) * tensor.sym_size(2)});
+}
 
 /// x / rms(x) * weight over dimension 1 of (batch, rows, seqlen), in float32 at least.
 struct RmsNorm {
@@ -154,7 +177,7 @@ struct Projections {
                   C_norm);
     delta = known_delta;
     if (!delta.defined() || a.dt_rms_weight.defined()) {
-      dt = at::matmul(a.delta_proj_weight, x_dbl.narrow(1, 0, a.dt_rank()));
+      dt = a.by_batch(at::mm(a.delta_proj_weight, columns_of(x_dbl.narrow(1, 0, a.dt_rank()))));
       delta = dt;
       if (a.dt_rms_weight.defined()) {
         dt_norm.emplace(dt, a.dt_rms_weight, a.b_c_dt_rms_eps);
@@ -177,25 +200,31 @@ struct Projections {
 };
 
 Tensor convolve(const Arguments& a) {
-  return std::get<0>(causal_conv1d(a.x(), a.conv1d_weight.squeeze(1), from_saved(a.conv1d_bias),
-                                   std::nullopt, std::nullopt, /*silu=*/true));
+  const Tensor conv =
+      a.by_batch(at::empty_symint({a.dim(), a.batch() * a.seqlen()}, a.xz.options()));
+  const Tensor final_states =
+      at::empty_symint({a.batch(), a.dim(), a.conv1d_weight.sym_size(2) - 1}, a.xz.options());
+  causal_conv1d_out(a.x(), a.conv1d_weight.squeeze(1), from_saved(a.conv1d_bias), std::nullopt,
+                    std::nullopt, /*silu=*/true, conv, final_states);
+  return conv;
+}
+
+Tensor project_x(const Arguments& a, const Tensor& conv) {
+  return a.by_batch(at::mm(a.x_proj_weight, columns_of(conv)));
 }
 
 Tensor project_out(const Arguments& a, const Tensor& y) {
-  const Tensor out = at::matmul(y.transpose(1, 2), a.out_proj_weight.t());
-  return a.out_proj_bias.defined() ? out + a.out_proj_bias : out;
-}
-
-/// sum_b left[b] right[b]^T: the gradient of a weight that multiplied from the left.
-Tensor weight_gradient(const Tensor& left, const Tensor& right) {
-  return at::matmul(left, right.transpose(1, 2)).sum(0);
+  const Tensor tokens = columns_of(y).t(), weight = a.out_proj_weight.t();
+  const Tensor out = a.out_proj_bias.defined() ? at::addmm(a.out_proj_bias, tokens, weight)
+                                               : at::mm(tokens, weight);
+  return out.view_symint({a.batch(), a.seqlen(), out.sym_size(1)});
 }
 
 /// The forward without gradients.
 Tensor forward_only(const Arguments& a) {
   const auto guard = without_autocast();
   const Tensor conv = convolve(a);
-  const Projections projections(a, at::matmul(a.x_proj_weight, conv), Tensor());
+  const Projections projections(a, project_x(a, conv), Tensor());
   const Tensor y = std::get<0>(selective_scan(
       conv, projections.delta, a.A, projections.B, projections.C, from_saved(a.D), a.z(),
       from_saved(a.delta_bias), std::nullopt, std::nullopt, a.delta_softplus));
@@ -221,7 +250,7 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
     const auto a = Arguments::from(GivenTensors::restore(defined, given, Arguments::kTensors),
                                    delta_softplus, checkpoint_lvl, b_c_dt_rms_eps);
     const Tensor conv = convolve(a);
-    const Tensor x_dbl = at::matmul(a.x_proj_weight, conv);
+    const Tensor x_dbl = project_x(a, conv);
     const Projections projections(a, x_dbl, Tensor());
     auto [y, last_state, states] = selective_scan_fwd(
         conv, projections.delta, a.A, projections.B, projections.C, from_saved(a.D), a.z(),
@@ -241,6 +270,17 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const variable_list saved = ctx->get_saved_variables();
+    variable_list inputs = saved;
+    inputs.push_back(gradients[0]);
+    return once_differentiable("mamba_inner", inputs, [&] {
+      return GivenTensors::select(gradients_of(ctx, saved, gradients[0]),
+                                  ctx->saved_data["given"].toInt(), kOthers);
+    });
+  }
+
+  /// The gradients of all arguments, from that of the result (batch, seqlen, d_model).
+  static variable_list gradients_of(AutogradContext* ctx, const variable_list& saved,
+                                    const Tensor& dresult) {
     const auto a = Arguments::from(saved, ctx->saved_data["delta_softplus"].toBool(), 1,
                                    ctx->saved_data["b_c_dt_rms_eps"].toDouble());
     const Tensor* kept = saved.data() + Arguments::kTensors;
@@ -249,19 +289,35 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
     const Projections projections(a, x_dbl, kept[4]);
 
     // out_proj
-    const Tensor dout = gradients[0].transpose(1, 2);  // (batch, d_model, seqlen)
-    const Tensor dy = at::matmul(a.out_proj_weight.t(), dout);
-    const Tensor dout_proj_weight = weight_gradient(dout, y);
+    const Tensor dout = dresult.flatten(0, 1);  // (batch * seqlen, d_model)
+    const Tensor dy = a.by_batch(at::mm(a.out_proj_weight.t(), dout.t()));
+    const Tensor dout_proj_weight = at::mm(dout.t(), columns_of(y).t());
     Tensor dout_proj_bias;
-    if (a.out_proj_bias.defined()) {
-      dout_proj_bias = as_type(dout.sum(at::IntArrayRef{0, 2}), a.out_proj_bias.scalar_type());
-    }
+    if (a.out_proj_bias.defined()) dout_proj_bias = dout.sum(0);
 
-    // scan
-    auto [dconv, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state] =
-        selective_scan_bwd(dy, std::nullopt, states, conv, projections.delta, a.A, projections.B,
+    // scan; dB and dC go to their rows of dx_dbl where nothing lies between
+    const Tensor dxz = at::empty_like(a.xz);
+    const Tensor dx_dbl =
+        at::empty_symint({a.x_proj_weight.sym_size(0), a.batch() * a.seqlen()}, a.xz.options());
+    const int64_t rows = a.rows(), total = a.x_proj_weight.size(0);
+    const bool complex_A = a.A.is_complex();
+    const auto place = [&](const Tensor& given, int64_t first) {
+      return given.defined() ? Tensor() : a.by_batch(dx_dbl.narrow(0, first, rows));
+    };
+    const Tensor dB_rows = place(a.B, a.dt_rank()), dC_rows = place(a.C, total - rows);
+    const auto written = [&](const Tensor& matrix, const Tensor& drows,
+                             const std::optional<RmsNorm>& norm) {
+      return drows.defined() && !norm && !complex_A ? drows : at::empty_like(matrix);
+    };
+    const Tensor dB = written(projections.B, dB_rows, projections.B_norm);
+    const Tensor dC = written(projections.C, dC_rows, projections.C_norm);
+    const Tensor dconv = at::empty_like(conv), dA = at::empty_like(a.A);
+    Tensor ddelta = at::empty_like(projections.delta);
+    const Tensor dD = like(a.D), ddelta_bias = like(a.delta_bias);
+    selective_scan_bwd_out(dy, std::nullopt, states, conv, projections.delta, a.A, projections.B,
                            projections.C, from_saved(a.D), a.z(), from_saved(a.delta_bias),
-                           std::nullopt, std::nullopt, a.delta_softplus);
+                           std::nullopt, std::nullopt, a.delta_softplus, dconv, ddelta, dA, dB, dC,
+                           from_saved(dD), a.z_of(dxz), from_saved(ddelta_bias), std::nullopt);
 
     // x_dbl, block by block: dt, B rows, C rows
     Tensor ddt_rms_weight, db_rms_weight, dc_rms_weight, dB_proj_bias, dC_proj_bias;
@@ -269,50 +325,54 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
       std::tie(ddelta, ddt_rms_weight) =
           projections.dt_norm->backward(ddelta, a.dt_rms_weight.scalar_type());
     }
-    std::vector<Tensor> blocks{at::matmul(a.delta_proj_weight.t(), ddelta)};
-    const auto project_back = [&](const Tensor& dmatrix, const std::optional<RmsNorm>& norm,
-                                  const Tensor& rms_weight, Tensor& drms_weight, const Tensor& bias,
-                                  Tensor& dbias) {
-      Tensor drows = scan_to_rows(dmatrix, a.A.is_complex());
-      if (norm) std::tie(drows, drms_weight) = norm->backward(drows, rms_weight.scalar_type());
-      if (bias.defined()) dbias = as_type(drows.sum(at::IntArrayRef{0, 2}), bias.scalar_type());
-      blocks.push_back(drows);
+    Tensor ddt_rows = dx_dbl.narrow(0, 0, a.dt_rank());
+    at::mm_out(ddt_rows, a.delta_proj_weight.t(), columns_of(ddelta));
+    const auto project_back = [&](const Tensor& dmatrix, const Tensor& place,
+                                  const std::optional<RmsNorm>& norm, const Tensor& rms_weight,
+                                  Tensor& drms_weight, const Tensor& bias, Tensor& dbias) {
+      if (!dmatrix.is_same(place)) {
+        Tensor drows = scan_to_rows(dmatrix, complex_A);
+        if (norm) std::tie(drows, drms_weight) = norm->backward(drows, rms_weight.scalar_type());
+        place.copy_(drows);
+      }
+      if (bias.defined()) dbias = as_type(place.sum(at::IntArrayRef{0, 2}), bias.scalar_type());
     };
     if (!a.B.defined()) {
-      project_back(dB, projections.B_norm, a.b_rms_weight, db_rms_weight, a.B_proj_bias,
+      project_back(dB, dB_rows, projections.B_norm, a.b_rms_weight, db_rms_weight, a.B_proj_bias,
                    dB_proj_bias);
     }
     if (!a.C.defined()) {
-      project_back(dC, projections.C_norm, a.c_rms_weight, dc_rms_weight, a.C_proj_bias,
+      project_back(dC, dC_rows, projections.C_norm, a.c_rms_weight, dc_rms_weight, a.C_proj_bias,
                    dC_proj_bias);
     }
-    const Tensor dx_dbl = at::cat(blocks, 1);
-    const Tensor ddelta_proj_weight = weight_gradient(ddelta, x_dbl.narrow(1, 0, a.dt_rank()));
-    const Tensor dx_proj_weight = weight_gradient(dx_dbl, conv);
+    const Tensor ddelta_proj_weight =
+        at::mm(columns_of(ddelta), columns_of(x_dbl.narrow(1, 0, a.dt_rank())).t());
+    const Tensor dx_proj_weight = at::mm(dx_dbl, columns_of(conv).t());
 
     // convolution
-    dconv = dconv + at::matmul(a.x_proj_weight.t(), dx_dbl);
-    auto [dx, dconv1d_weight, dconv1d_bias, dinitial_states] =
-        causal_conv1d_bwd(dconv, std::nullopt, a.x(), a.conv1d_weight.squeeze(1),
-                          from_saved(a.conv1d_bias), std::nullopt, std::nullopt, /*silu=*/true);
-    const variable_list all{at::cat({dx, *dz}, 1),
-                            dconv1d_weight.unsqueeze(1),
-                            to_saved(dconv1d_bias),
-                            dx_proj_weight,
-                            ddelta_proj_weight,
-                            dout_proj_weight,
-                            dout_proj_bias,
-                            dA,
-                            dB,
-                            dC,
-                            to_saved(dD),
-                            to_saved(ddelta_bias),
-                            dB_proj_bias,
-                            dC_proj_bias,
-                            db_rms_weight,
-                            dc_rms_weight,
-                            ddt_rms_weight};
-    return GivenTensors::select(all, ctx->saved_data["given"].toInt(), kOthers);
+    columns_of(dconv).addmm_(a.x_proj_weight.t(), dx_dbl);
+    const Tensor conv1d_weight = a.conv1d_weight.squeeze(1);
+    const Tensor dconv1d_weight = at::empty_like(conv1d_weight), dconv1d_bias = like(a.conv1d_bias);
+    causal_conv1d_bwd_out(dconv, std::nullopt, a.x(), conv1d_weight, from_saved(a.conv1d_bias),
+                          std::nullopt, std::nullopt, /*silu=*/true, a.x_of(dxz), dconv1d_weight,
+                          from_saved(dconv1d_bias), std::nullopt);
+    return {dxz,
+            dconv1d_weight.unsqueeze(1),
+            dconv1d_bias,
+            dx_proj_weight,
+            ddelta_proj_weight,
+            dout_proj_weight,
+            dout_proj_bias,
+            dA,
+            dB,
+            dC,
+            dD,
+            ddelta_bias,
+            dB_proj_bias,
+            dC_proj_bias,
+            db_rms_weight,
+            dc_rms_weight,
+            ddt_rms_weight};
   }
 };
 

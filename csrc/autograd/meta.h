@@ -17,6 +17,7 @@ struct MetaAccess {
   using Tensor = at::Tensor;
   using Size = c10::SymInt;
   static Size size(const Tensor& tensor, int64_t i) { return tensor.sym_size(i); }
+  static Size stride(const Tensor& tensor, int64_t i) { return tensor.sym_stride(i); }
   static std::string device(const Tensor& tensor) { return tensor.device().str(); }
 };
 

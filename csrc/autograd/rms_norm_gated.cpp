@@ -26,6 +26,17 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> rms_norm_gated_bwd(
   return op.call(dout, x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm);
 }
 
+void rms_norm_gated_bwd_out(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& z, double eps,
+                            std::optional<int64_t> group_size, bool norm_before_gate,
+                            bool is_rms_norm, const Tensor& dx, const Tensor& dweight,
+                            const OptionalTensor& dbias, const OptionalTensor& dz) {
+  static const auto op =
+      find_op<decltype(rms_norm_gated_bwd_out)>("mamba_ssm::rms_norm_gated_bwd_out");
+  op.call(dout, x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm, dx, dweight,
+          dbias, dz);
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -89,16 +100,29 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> rms_norm_gated_bwd_me
   return {empty_rows(x, x.scalar_type()), at::empty_like(weight), empty_like(bias), dz};
 }
 
+void rms_norm_gated_bwd_out_meta(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                 const OptionalTensor& bias, const OptionalTensor& z, double,
+                                 std::optional<int64_t> group_size, bool, bool, const Tensor& dx,
+                                 const Tensor& dweight, const OptionalTensor& dbias,
+                                 const OptionalTensor& dz) {
+  const MetaChecks checks("rms_norm_gated_bwd_out", "x", x);
+  check_rms_norm_gated(checks, x, weight, bias, z, group_size);
+  check_rms_norm_gated_bwd_results(checks, x, weight, bias, z, dx, dweight, dbias, dz);
+  check_rms_norm_gated_gradient(checks, x, dout);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Autograd, m) {
   m.impl("rms_norm_gated", rms_norm_gated_autograd);
   m.impl("rms_norm_gated_bwd", torch::autograd::autogradNotImplementedFallback());
+  m.impl("rms_norm_gated_bwd_out", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Meta, m) {
   m.impl("rms_norm_gated", rms_norm_gated_meta);
   m.impl("rms_norm_gated_bwd", rms_norm_gated_bwd_meta);
+  m.impl("rms_norm_gated_bwd_out", rms_norm_gated_bwd_out_meta);
 }
 
 }  // namespace mamba_ssm

@@ -41,6 +41,22 @@ selective_scan_bwd(const Tensor& dout, const OptionalTensor& dlast_state, const 
                  seq_idx, delta_softplus);
 }
 
+void selective_scan_bwd_out(const Tensor& dout, const OptionalTensor& dlast_state,
+                            const Tensor& states, const Tensor& u, const Tensor& delta,
+                            const Tensor& A, const Tensor& B, const Tensor& C,
+                            const OptionalTensor& D, const OptionalTensor& z,
+                            const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                            const OptionalTensor& seq_idx, bool delta_softplus, const Tensor& du,
+                            const Tensor& ddelta, const Tensor& dA, const Tensor& dB,
+                            const Tensor& dC, const OptionalTensor& dD, const OptionalTensor& dz,
+                            const OptionalTensor& ddelta_bias,
+                            const OptionalTensor& dinitial_state) {
+  static const auto op =
+      find_op<decltype(selective_scan_bwd_out)>("mamba_ssm::selective_scan_bwd_out");
+  op.call(dout, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
+          delta_softplus, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state);
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -145,18 +161,35 @@ selective_scan_bwd_meta(const Tensor& dout, const OptionalTensor& dlast_state, c
           empty_like(z),     empty_like(delta_bias), empty_like(initial_state)};
 }
 
+void selective_scan_bwd_out_meta(
+    const Tensor& dout, const OptionalTensor& dlast_state, const Tensor& states, const Tensor& u,
+    const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+    const OptionalTensor& z, const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+    const OptionalTensor& seq_idx, bool, const Tensor& du, const Tensor& ddelta, const Tensor& dA,
+    const Tensor& dB, const Tensor& dC, const OptionalTensor& dD, const OptionalTensor& dz,
+    const OptionalTensor& ddelta_bias, const OptionalTensor& dinitial_state) {
+  const MetaChecks checks("selective_scan_bwd_out", "u", u);
+  const auto sizes =
+      check_selective_scan(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx);
+  check_selective_scan_bwd_results(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, du,
+                                   ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state);
+  check_selective_scan_gradients(checks, sizes, u, dout, dlast_state, states);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Autograd, m) {
   m.impl("selective_scan", selective_scan_autograd);
   m.impl("selective_scan_fwd", torch::autograd::autogradNotImplementedFallback());
   m.impl("selective_scan_bwd", torch::autograd::autogradNotImplementedFallback());
+  m.impl("selective_scan_bwd_out", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Meta, m) {
   m.impl("selective_scan", selective_scan_meta);
   m.impl("selective_scan_fwd", selective_scan_fwd_meta);
   m.impl("selective_scan_bwd", selective_scan_bwd_meta);
+  m.impl("selective_scan_bwd_out", selective_scan_bwd_out_meta);
 }
 
 }  // namespace mamba_ssm

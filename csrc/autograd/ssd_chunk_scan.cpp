@@ -39,6 +39,21 @@ ssd_chunk_scan_bwd(const Tensor& dout, const OptionalTensor& dfinal_states, cons
                  cu_seqlens, dt_softplus, dt_min, dt_max);
 }
 
+void ssd_chunk_scan_bwd_out(const Tensor& dout, const OptionalTensor& dfinal_states,
+                            const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                            const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                            const OptionalTensor& dt_bias, const OptionalTensor& initial_states,
+                            const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens,
+                            bool dt_softplus, double dt_min, std::optional<double> dt_max,
+                            const Tensor& dx, const Tensor& ddt, const Tensor& dA, const Tensor& dB,
+                            const Tensor& dC, const OptionalTensor& dD, const OptionalTensor& dz,
+                            const OptionalTensor& ddt_bias, const OptionalTensor& dinitial_states) {
+  static const auto op =
+      find_op<decltype(ssd_chunk_scan_bwd_out)>("mamba_ssm::ssd_chunk_scan_bwd_out");
+  op.call(dout, dfinal_states, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
+          dt_softplus, dt_min, dt_max, dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states);
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -145,16 +160,34 @@ ssd_chunk_scan_bwd_meta(const Tensor& dout, const OptionalTensor& dfinal_states,
           empty_like(z),     empty_like(dt_bias), empty_like(initial_states)};
 }
 
+void ssd_chunk_scan_bwd_out_meta(
+    const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x, const Tensor& dt,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+    const OptionalTensor& z, const OptionalTensor& dt_bias, const OptionalTensor& initial_states,
+    const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool, double dt_min,
+    std::optional<double> dt_max, const Tensor& dx, const Tensor& ddt, const Tensor& dA,
+    const Tensor& dB, const Tensor& dC, const OptionalTensor& dD, const OptionalTensor& dz,
+    const OptionalTensor& ddt_bias, const OptionalTensor& dinitial_states) {
+  const MetaChecks checks("ssd_chunk_scan_bwd_out", "x", x);
+  const auto sizes = check_ssd_chunk_scan(checks, x, dt, A, B, C, D, z, dt_bias, initial_states,
+                                          seq_idx, cu_seqlens, dt_min, upper_limit(dt_max));
+  check_ssd_chunk_scan_bwd_results(checks, x, dt, A, B, C, D, z, dt_bias, initial_states, dx, ddt,
+                                   dA, dB, dC, dD, dz, ddt_bias, dinitial_states);
+  check_ssd_chunk_scan_gradients(checks, sizes, x, dout, dfinal_states);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Autograd, m) {
   m.impl("ssd_chunk_scan", ssd_chunk_scan_autograd);
   m.impl("ssd_chunk_scan_bwd", torch::autograd::autogradNotImplementedFallback());
+  m.impl("ssd_chunk_scan_bwd_out", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Meta, m) {
   m.impl("ssd_chunk_scan", ssd_chunk_scan_meta);
   m.impl("ssd_chunk_scan_bwd", ssd_chunk_scan_bwd_meta);
+  m.impl("ssd_chunk_scan_bwd_out", ssd_chunk_scan_bwd_out_meta);
 }
 
 }  // namespace mamba_ssm

@@ -13,14 +13,16 @@ namespace {
 
 using at::Tensor;
 
-/// weight @ token for every token of (batch, seqlen, features), as (batch, rows of weight, seqlen)
-/// with the tokens of a channel side by side, which is what convolution and scan walk along.
-Tensor project_channel_first(const Tensor& weight, const Tensor& tokens) {
+/// weight @ token + bias for every token of (batch, seqlen, features), as (batch, rows, seqlen). It
+/// is stored as (rows, batch, seqlen): tokens of a channel lie side by side, as convolution and
+/// scan walk them, and the transpose of the result is `tokens` for the next product, uncopied.
+Tensor project_channel_first(const Tensor& tokens, const Tensor& weight,
+                             const Tensor& bias = Tensor()) {
   const int64_t batch = tokens.size(0), seqlen = tokens.size(1);
-  return weight
-      .mm(tokens.flatten(0, 1).t())  // (rows, batch * seqlen)
-      .view({weight.size(0), batch, seqlen})
-      .transpose(0, 1);
+  const Tensor columns = tokens.flatten(0, 1).t();  // (features, batch * seqlen)
+  const Tensor projected =
+      bias.defined() ? at::addmm(bias.unsqueeze(-1), weight, columns) : at::mm(weight, columns);
+  return projected.view({weight.size(0), batch, seqlen}).transpose(0, 1);
 }
 
 }  // namespace
@@ -117,9 +119,7 @@ void MambaImpl::check_state(const Tensor& conv_state, const Tensor& ssm_state,
 }
 
 Tensor MambaImpl::project_in(const Tensor& hidden_states) {
-  const Tensor xz = project_channel_first(in_proj->weight, hidden_states);
-  if (!in_proj->bias.defined()) return xz;
-  return xz + in_proj->bias.to(xz.scalar_type()).unsqueeze(-1);
+  return project_channel_first(hidden_states, in_proj->weight, in_proj->bias);
 }
 
 Tensor MambaImpl::forward(const Tensor& hidden_states, MambaState* state,
@@ -157,12 +157,12 @@ Tensor MambaImpl::forward_unfused(const Tensor& xz, MambaState* state,
                     /*silu=*/true);
 
   const auto projected =
-      project(x_proj, x.transpose(1, 2))
-          .split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
-  const Tensor delta = project_channel_first(dt_proj->weight, projected[0]);
-  const auto [y, last_state] = selective_scan(
-      x, delta, A(), /*B=*/projected[1].transpose(1, 2), /*C=*/projected[2].transpose(1, 2), D, z,
-      dt_proj->bias, initial_state, seq_idx, /*delta_softplus=*/true);
+      project_channel_first(x.transpose(1, 2), x_proj->weight, x_proj->bias)
+          .split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, 1);
+  const Tensor delta = project_channel_first(projected[0].transpose(1, 2), dt_proj->weight);
+  const auto [y, last_state] =
+      selective_scan(x, delta, A(), /*B=*/projected[1], /*C=*/projected[2], D, z, dt_proj->bias,
+                     initial_state, seq_idx, /*delta_softplus=*/true);
   const Tensor out = project(out_proj, y.transpose(1, 2));
   if (state == nullptr) return out;
 

@@ -36,6 +36,21 @@ CausalConv1dParams check(const StableChecks& checks, const Tensor& x, const Tens
   return p;
 }
 
+void forward(const StableChecks& checks, CausalConv1dParams& p, const Tensor& x, const Tensor& out,
+             const Tensor& final_states) {
+  p.out = view<3>(out);
+  p.final_states = view<3>(final_states);
+  if constexpr (kWithCuda) {
+    if (x.is_cuda()) {
+      const CudaScope scope(x);
+      check_launch(checks.op(), kernels::causal_conv1d_fwd_cuda(p, scope.stream()));
+      return;
+    }
+  }
+  parallel(causal_conv1d_fwd_items(p), x.numel() * p.width,
+           [&](int64_t begin, int64_t end) { cpu_kernels().causal_conv1d_fwd(p, begin, end); });
+}
+
 std::tuple<Tensor, Tensor> causal_conv1d(Tensor x, Tensor weight, OptionalTensor bias,
                                          OptionalTensor seq_idx, OptionalTensor initial_states,
                                          bool silu) {
@@ -43,34 +58,25 @@ std::tuple<Tensor, Tensor> causal_conv1d(Tensor x, Tensor weight, OptionalTensor
   CausalConv1dParams p = check(checks, x, weight, bias, seq_idx, initial_states, silu);
   Tensor out = allocate_like(checks.op(), x);
   Tensor final_states = allocate_columns(checks.op(), x, p.batch, p.dim, p.width - 1);
-  p.out = view<3>(out);
-  p.final_states = view<3>(final_states);
-  if constexpr (kWithCuda) {
-    if (x.is_cuda()) {
-      const CudaScope scope(x);
-      check_launch(checks.op(), kernels::causal_conv1d_fwd_cuda(p, scope.stream()));
-      return {out, final_states};
-    }
-  }
-  parallel(causal_conv1d_fwd_items(p), x.numel() * p.width,
-           [&](int64_t begin, int64_t end) { cpu_kernels().causal_conv1d_fwd(p, begin, end); });
+  forward(checks, p, x, out, final_states);
   return {out, final_states};
 }
 
-std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> causal_conv1d_bwd(
-    Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight, OptionalTensor bias,
-    OptionalTensor seq_idx, OptionalTensor initial_states, bool silu) {
-  const StableChecks checks("causal_conv1d_bwd", "x", x);
+void causal_conv1d_out(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor seq_idx,
+                       OptionalTensor initial_states, bool silu, Tensor out, Tensor final_states) {
+  const StableChecks checks("causal_conv1d_out", "x", x);
   CausalConv1dParams p = check(checks, x, weight, bias, seq_idx, initial_states, silu);
+  check_causal_conv1d_results(checks, {p.batch, p.dim, p.seqlen, p.width}, x, out, final_states);
+  forward(checks, p, x, out, final_states);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;
+
+void backward(const StableChecks& checks, CausalConv1dParams& p, const Tensor& dout,
+              const OptionalTensor& dfinal_states, const Tensor& x, const Gradients& gradients) {
   check_causal_conv1d_gradients(checks, {p.batch, p.dim, p.seqlen, p.width}, x, dout,
                                 dfinal_states);
-  Tensor dx = allocate_like(checks.op(), x);
-  Tensor dweight = allocate_like(checks.op(), weight);
-  OptionalTensor dbias, dinitial_states;
-  if (bias) dbias = allocate_like(checks.op(), *bias);
-  if (initial_states) {
-    dinitial_states = allocate_columns(checks.op(), x, p.batch, p.dim, p.width - 1);
-  }
+  const auto& [dx, dweight, dbias, dinitial_states] = gradients;
   p.dout = view<3>(dout);
   p.dfinal_states = view<3>(dfinal_states);
   p.dx = view<3>(dx);
@@ -83,12 +89,37 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> causal_conv1d_bwd(
       const Workspace workspace(checks.op(), x, kernels::causal_conv1d_bwd_cuda_workspace(p));
       check_launch(checks.op(),
                    kernels::causal_conv1d_bwd_cuda(p, workspace.data(), scope.stream()));
-      return {dx, dweight, dbias, dinitial_states};
+      return;
     }
   }
   parallel(causal_conv1d_bwd_items(p), 2 * x.numel() * p.width,
            [&](int64_t begin, int64_t end) { cpu_kernels().causal_conv1d_bwd(p, begin, end); });
-  return {dx, dweight, dbias, dinitial_states};
+}
+
+Gradients causal_conv1d_bwd(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
+                            OptionalTensor bias, OptionalTensor seq_idx,
+                            OptionalTensor initial_states, bool silu) {
+  const StableChecks checks("causal_conv1d_bwd", "x", x);
+  CausalConv1dParams p = check(checks, x, weight, bias, seq_idx, initial_states, silu);
+  OptionalTensor dinitial_states;
+  if (initial_states) {
+    dinitial_states = allocate_columns(checks.op(), x, p.batch, p.dim, p.width - 1);
+  }
+  Gradients gradients{allocate_like(checks.op(), x), allocate_like(checks.op(), weight),
+                      allocate_like(checks.op(), bias), dinitial_states};
+  backward(checks, p, dout, dfinal_states, x, gradients);
+  return gradients;
+}
+
+void causal_conv1d_bwd_out(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
+                           OptionalTensor bias, OptionalTensor seq_idx,
+                           OptionalTensor initial_states, bool silu, Tensor dx, Tensor dweight,
+                           OptionalTensor dbias, OptionalTensor dinitial_states) {
+  const StableChecks checks("causal_conv1d_bwd_out", "x", x);
+  CausalConv1dParams p = check(checks, x, weight, bias, seq_idx, initial_states, silu);
+  check_causal_conv1d_bwd_results(checks, x, weight, bias, initial_states, dx, dweight, dbias,
+                                  dinitial_states);
+  backward(checks, p, dout, dfinal_states, x, {dx, dweight, dbias, dinitial_states});
 }
 
 Tensor causal_conv1d_update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias,
@@ -97,7 +128,7 @@ Tensor causal_conv1d_update(Tensor x, Tensor conv_state, Tensor weight, Optional
   const StableChecks checks("causal_conv1d_update", "x", x);
   const auto sizes = check_causal_conv1d_update(checks, x, conv_state, weight, bias, cache_seqlens,
                                                 conv_state_indices);
-  check_writable(checks, "conv_state", conv_state);
+  checks.writable("conv_state", conv_state);
   check_index_below(checks, "conv_state_indices", conv_state_indices, sizes.num_slots);
   Tensor out = allocate_like(checks.op(), x);
   CausalConv1dUpdateParams p{};
@@ -162,7 +193,9 @@ Tensor causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int64_t state_le
 
 void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
+  m.impl("causal_conv1d_out", TORCH_BOX(&causal_conv1d_out));
   m.impl("causal_conv1d_bwd", TORCH_BOX(&causal_conv1d_bwd));
+  m.impl("causal_conv1d_bwd_out", TORCH_BOX(&causal_conv1d_bwd_out));
   m.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update));
   m.impl("causal_conv1d_varlen_states", TORCH_BOX(&causal_conv1d_varlen_states));
 }

@@ -56,6 +56,31 @@ void check_causal_conv1d_gradients(const Checks<Access>& checks,
   }
 }
 
+/// Results that the caller made.
+template <class Access, class Tensor = typename Access::Tensor>
+void check_causal_conv1d_results(const Checks<Access>& checks,
+                                 const CausalConv1dSizes<typename Access::Size>& sizes,
+                                 const Tensor& x, const Tensor& out, const Tensor& final_states) {
+  checks.result("out", out, "x", x);
+  checks.shape("final_states", final_states,
+               {{"batch", sizes.batch}, {"dim", sizes.dim}, {"width - 1", sizes.width - 1}});
+  checks.dtype("final_states", final_states, {x.scalar_type()});
+  checks.writable("final_states", final_states);
+}
+
+/// Gradients that the caller made.
+template <class Access, class Tensor = typename Access::Tensor>
+void check_causal_conv1d_bwd_results(const Checks<Access>& checks, const Tensor& x,
+                                     const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const std::optional<Tensor>& initial_states, const Tensor& dx,
+                                     const Tensor& dweight, const std::optional<Tensor>& dbias,
+                                     const std::optional<Tensor>& dinitial_states) {
+  checks.result("dx", dx, "x", x);
+  checks.result("dweight", dweight, "weight", weight);
+  checks.result("dbias", dbias, "bias", bias);
+  checks.result("dinitial_states", dinitial_states, "initial_states", initial_states);
+}
+
 template <class Size>
 struct CausalConv1dUpdateSizes {
   Size batch, dim, seqlen, width, num_slots, state_len;

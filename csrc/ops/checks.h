@@ -186,6 +186,29 @@ class Checks {
     }
   }
 
+  /// `tensor` is written in place: no two of its elements may be one in memory.
+  void writable(const char* name, const Tensor& tensor) const {
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (Access::stride(tensor, i) == 0 && Access::size(tensor, i) > 1) {
+        fail(std::string(name) + " is written in place and must not be expanded, got stride 0 in " +
+             "dimension " + std::to_string(i) + " of " + text_of(tensor));
+      }
+    }
+  }
+
+  /// `result` is where an op writes what belongs to `of`, one of its arguments: it is like that,
+  /// and there where that is.
+  void result(const char* name, const std::optional<Tensor>& result, const char* of_name,
+              const std::optional<Tensor>& of) const {
+    if (result.has_value() != of.has_value()) {
+      fail(std::string(name) + " must be given where " + of_name + " is, and only there");
+    }
+    if (!of) return;
+    shape_of(name, *result, of_name, *of);
+    dtype(name, *result, {of->scalar_type()});
+    writable(name, *result);
+  }
+
   /// int32 or int64.
   void index(const char* name, const Tensor& tensor) const {
     dtype(name, tensor, {ScalarType::Int, ScalarType::Long});

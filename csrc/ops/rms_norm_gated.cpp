@@ -57,34 +57,31 @@ Tensor rms_norm_gated(Tensor x_, Tensor weight, OptionalTensor bias, OptionalTen
   return out;
 }
 
-std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> rms_norm_gated_bwd(
-    Tensor dout_, Tensor x_, Tensor weight, OptionalTensor bias, OptionalTensor z, double eps,
-    std::optional<int64_t> group_size, bool norm_before_gate, bool is_rms_norm) {
-  const StableChecks checks("rms_norm_gated_bwd", "x", x_);
-  const int64_t group = check_rms_norm_gated(checks, x_, weight, bias, z, group_size);
+using Gradients = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;
+
+/// Runs a checked backward, with groups of `group` channels, into `gradients`.
+void backward(const StableChecks& checks, const Tensor& dout_, const Tensor& x_,
+              const Tensor& weight, const OptionalTensor& bias, OptionalTensor z, double eps,
+              int64_t group, bool norm_before_gate, bool is_rms_norm, const Gradients& gradients) {
   check_rms_norm_gated_gradient(checks, x_, dout_);
-  OptionalTensor x = x_, dout = dout_;
-  const Rows rows({&x, &z, &dout});
+  const auto& [dx, dweight, dbias, dz_] = gradients;
+  OptionalTensor x = x_, dout = dout_, dx_rows = dx, dz = dz_;
+  const Rows rows({&x, &z, &dout, &dx_rows, &dz});
   RmsNormGatedParams p =
       params(rows, x, weight, bias, z, eps, group, norm_before_gate, is_rms_norm);
-  Tensor dx = allocate_rows(checks.op(), x_, x_.scalar_type());
-  Tensor dweight = allocate_like(checks.op(), weight);
-  OptionalTensor dbias, dz;
-  if (bias) dbias = allocate_like(checks.op(), *bias);
-  if (z) dz = allocate_rows(checks.op(), x_, x_.scalar_type());
   p.dout = rows.view(dout);
-  p.dx = rows.view(dx);
+  p.dx = rows.view(dx_rows);
   p.dz = rows.view(dz);
   p.dweight = view<1>(dweight);
   p.dbias = view<1>(dbias);
-  if (p.channels == 0) return {dx, dweight, dbias, dz};
+  if (p.channels == 0) return;
   if constexpr (kWithCuda) {
     if (dx.is_cuda()) {
       const CudaScope scope(dx);
       const Workspace workspace(checks.op(), dx, kernels::rms_norm_gated_bwd_cuda_workspace(p));
       check_launch(checks.op(),
                    kernels::rms_norm_gated_bwd_cuda(p, workspace.data(), scope.stream()));
-      return {dx, dweight, dbias, dz};
+      return;
     }
   }
   const Workspace workspace(checks.op(), dx, kernels::rms_norm_gated_bwd_cpu_workspace(p));
@@ -95,12 +92,36 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> rms_norm_gated_bwd(
            [&](int64_t begin, int64_t end) {
              cpu_kernels().rms_norm_gated_bwd_reduce(p, workspace.data(), begin, end);
            });
-  return {dx, dweight, dbias, dz};
+}
+
+Gradients rms_norm_gated_bwd(Tensor dout, Tensor x, Tensor weight, OptionalTensor bias,
+                             OptionalTensor z, double eps, std::optional<int64_t> group_size,
+                             bool norm_before_gate, bool is_rms_norm) {
+  const StableChecks checks("rms_norm_gated_bwd", "x", x);
+  const int64_t group = check_rms_norm_gated(checks, x, weight, bias, z, group_size);
+  OptionalTensor dz;
+  if (z) dz = allocate_rows(checks.op(), x, x.scalar_type());
+  Gradients gradients{allocate_rows(checks.op(), x, x.scalar_type()),
+                      allocate_like(checks.op(), weight), allocate_like(checks.op(), bias), dz};
+  backward(checks, dout, x, weight, bias, z, eps, group, norm_before_gate, is_rms_norm, gradients);
+  return gradients;
+}
+
+void rms_norm_gated_bwd_out(Tensor dout, Tensor x, Tensor weight, OptionalTensor bias,
+                            OptionalTensor z, double eps, std::optional<int64_t> group_size,
+                            bool norm_before_gate, bool is_rms_norm, Tensor dx, Tensor dweight,
+                            OptionalTensor dbias, OptionalTensor dz) {
+  const StableChecks checks("rms_norm_gated_bwd_out", "x", x);
+  const int64_t group = check_rms_norm_gated(checks, x, weight, bias, z, group_size);
+  check_rms_norm_gated_bwd_results(checks, x, weight, bias, z, dx, dweight, dbias, dz);
+  backward(checks, dout, x, weight, bias, z, eps, group, norm_before_gate, is_rms_norm,
+           {dx, dweight, dbias, dz});
 }
 
 void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("rms_norm_gated", TORCH_BOX(&rms_norm_gated));
   m.impl("rms_norm_gated_bwd", TORCH_BOX(&rms_norm_gated_bwd));
+  m.impl("rms_norm_gated_bwd_out", TORCH_BOX(&rms_norm_gated_bwd_out));
 }
 
 }  // namespace

@@ -43,4 +43,19 @@ void check_rms_norm_gated_gradient(const Checks<Access>& checks, const Tensor& x
   checks.dtype("dout", dout, {x.scalar_type()});
 }
 
+/// Gradients that the caller made. The kernels walk at most three axes of rows; with more, inputs
+/// are copied, which a result cannot be.
+template <class Access, class Tensor = typename Access::Tensor>
+void check_rms_norm_gated_bwd_results(const Checks<Access>& checks, const Tensor& x,
+                                      const Tensor& weight, const std::optional<Tensor>& bias,
+                                      const std::optional<Tensor>& z, const Tensor& dx,
+                                      const Tensor& dweight, const std::optional<Tensor>& dbias,
+                                      const std::optional<Tensor>& dz) {
+  checks.result("dx", dx, "x", x);
+  checks.result("dweight", dweight, "weight", weight);
+  checks.result("dbias", dbias, "bias", bias);
+  checks.result("dz", dz, "z", z);
+  if (dx.dim() > 4) checks.fail("dx must have at most 4 axes, got " + checks.text_of(dx));
+}
+
 }  // namespace mamba_ssm::ops

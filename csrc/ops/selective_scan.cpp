@@ -138,25 +138,16 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Te
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor>;
 
-Gradients selective_scan_bwd(Tensor dout, OptionalTensor dlast_state, Tensor states, Tensor u,
-                             Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-                             OptionalTensor z, OptionalTensor delta_bias,
-                             OptionalTensor initial_state, OptionalTensor seq_idx,
-                             bool delta_softplus) {
-  const StableChecks checks("selective_scan_bwd", "u", u);
-  Scan scan =
-      check(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus);
+/// Runs a checked backward into `gradients`.
+void backward(const StableChecks& checks, Scan& scan, const Tensor& dout,
+              const OptionalTensor& dlast_state, const Tensor& states, const Tensor& u,
+              const OptionalTensor& seq_idx, const Gradients& gradients) {
   SelectiveScanParams& p = scan.p;
   check_selective_scan_gradients(checks, scan.sizes, u, dout, dlast_state, states);
   const OptionalTensor marks = mark_sequences(checks, seq_idx);
   if (marks) p.marks = static_cast<const uint8_t*>(marks->data_ptr());
 
-  const auto like = [&](const OptionalTensor& tensor) {
-    return tensor ? OptionalTensor(allocate_like(checks.op(), *tensor)) : OptionalTensor();
-  };
-  Tensor du = *like(u), ddelta = *like(delta), dA = *like(A), dB = *like(B), dC = *like(C);
-  OptionalTensor dD = like(D), dz = like(z), ddelta_bias = like(delta_bias);
-  OptionalTensor dinitial_state = like(initial_state);
+  const auto& [du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state] = gradients;
   p.states = states.data_ptr();
   p.dout = view<3>(dout);
   p.dlast_state = view<3>(dlast_state);
@@ -169,14 +160,13 @@ Gradients selective_scan_bwd(Tensor dout, OptionalTensor dlast_state, Tensor sta
   p.dD = view<1>(dD);
   p.ddelta_bias = view<1>(ddelta_bias);
   p.dinitial_state = view<3>(dinitial_state);
-  Gradients gradients{du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state};
   if constexpr (kWithCuda) {
     if (u.is_cuda()) {
       const CudaScope scope(u);
       const Workspace workspace(checks.op(), u, kernels::selective_scan_bwd_cuda_workspace(p));
       check_launch(checks.op(),
                    kernels::selective_scan_bwd_cuda(p, workspace.data(), scope.stream()));
-      return gradients;
+      return;
     }
   }
   const Workspace workspace(checks.op(), u, kernels::selective_scan_bwd_cpu_workspace(p));
@@ -186,13 +176,45 @@ Gradients selective_scan_bwd(Tensor dout, OptionalTensor dlast_state, Tensor sta
   parallel(selective_scan_bwd_reduce_items(p), work_of(p) / 16, [&](int64_t begin, int64_t end) {
     cpu_kernels().selective_scan_bwd_reduce(p, workspace.data(), begin, end);
   });
+}
+
+Gradients selective_scan_bwd(Tensor dout, OptionalTensor dlast_state, Tensor states, Tensor u,
+                             Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                             OptionalTensor z, OptionalTensor delta_bias,
+                             OptionalTensor initial_state, OptionalTensor seq_idx,
+                             bool delta_softplus) {
+  const StableChecks checks("selective_scan_bwd", "u", u);
+  Scan scan =
+      check(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus);
+  const auto like = [&](const auto& tensor) { return allocate_like(checks.op(), tensor); };
+  Gradients gradients{like(u), like(delta),      like(A),
+                      like(B), like(C),          like(D),
+                      like(z), like(delta_bias), like(initial_state)};
+  backward(checks, scan, dout, dlast_state, states, u, seq_idx, gradients);
   return gradients;
+}
+
+void selective_scan_bwd_out(Tensor dout, OptionalTensor dlast_state, Tensor states, Tensor u,
+                            Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                            OptionalTensor z, OptionalTensor delta_bias,
+                            OptionalTensor initial_state, OptionalTensor seq_idx,
+                            bool delta_softplus, Tensor du, Tensor ddelta, Tensor dA, Tensor dB,
+                            Tensor dC, OptionalTensor dD, OptionalTensor dz,
+                            OptionalTensor ddelta_bias, OptionalTensor dinitial_state) {
+  const StableChecks checks("selective_scan_bwd_out", "u", u);
+  Scan scan =
+      check(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus);
+  check_selective_scan_bwd_results(checks, u, delta, A, B, C, D, z, delta_bias, initial_state, du,
+                                   ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state);
+  backward(checks, scan, dout, dlast_state, states, u, seq_idx,
+           {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state});
 }
 
 void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan));
   m.impl("selective_scan_fwd", TORCH_BOX(&selective_scan_fwd));
   m.impl("selective_scan_bwd", TORCH_BOX(&selective_scan_bwd));
+  m.impl("selective_scan_bwd_out", TORCH_BOX(&selective_scan_bwd_out));
 }
 
 }  // namespace

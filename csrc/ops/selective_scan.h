@@ -125,4 +125,25 @@ void check_selective_scan_gradients(const Checks<Access>& checks,
   }
 }
 
+/// Gradients that the caller made.
+template <class Access, class Tensor = typename Access::Tensor>
+void check_selective_scan_bwd_results(
+    const Checks<Access>& checks, const Tensor& u, const Tensor& delta, const Tensor& A,
+    const Tensor& B, const Tensor& C, const std::optional<Tensor>& D,
+    const std::optional<Tensor>& z, const std::optional<Tensor>& delta_bias,
+    const std::optional<Tensor>& initial_state, const Tensor& du, const Tensor& ddelta,
+    const Tensor& dA, const Tensor& dB, const Tensor& dC, const std::optional<Tensor>& dD,
+    const std::optional<Tensor>& dz, const std::optional<Tensor>& ddelta_bias,
+    const std::optional<Tensor>& dinitial_state) {
+  checks.result("du", du, "u", u);
+  checks.result("ddelta", ddelta, "delta", delta);
+  checks.result("dA", dA, "A", A);
+  checks.result("dB", dB, "B", B);
+  checks.result("dC", dC, "C", C);
+  checks.result("dD", dD, "D", D);
+  checks.result("dz", dz, "z", z);
+  checks.result("ddelta_bias", ddelta_bias, "delta_bias", delta_bias);
+  checks.result("dinitial_state", dinitial_state, "initial_state", initial_state);
+}
+
 }  // namespace mamba_ssm::ops

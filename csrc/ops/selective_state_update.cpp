@@ -35,10 +35,8 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
   const StableChecks checks("selective_state_update", "state", state);
   const auto sizes = check_selective_state_update(checks, state, x, dt, A, B, C, D, z, dt_bias,
                                                   state_batch_indices, intermediate_states);
-  check_writable(checks, "state", state);
-  if (intermediate_states) {
-    check_writable(checks, "intermediate_states", *intermediate_states);
-  }
+  checks.writable("state", state);
+  if (intermediate_states) checks.writable("intermediate_states", *intermediate_states);
   check_index_below(checks, "state_batch_indices", state_batch_indices, sizes.num_slots);
   Tensor out = allocate_like(checks.op(), x);
   SelectiveStateUpdateParams p{};

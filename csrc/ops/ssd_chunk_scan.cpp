@@ -110,24 +110,15 @@ std::tuple<Tensor, Tensor> ssd_chunk_scan(Tensor x, Tensor dt, Tensor A, Tensor 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor>;
 
-Gradients ssd_chunk_scan_bwd(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor dt,
-                             Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-                             OptionalTensor dt_bias, OptionalTensor initial_states,
-                             OptionalTensor seq_idx, OptionalTensor cu_seqlens, bool dt_softplus,
-                             double dt_min, std::optional<double> dt_max) {
-  const StableChecks checks("ssd_chunk_scan_bwd", "x", x);
-  Scan scan = check(checks, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
-                    dt_softplus, dt_min, dt_max);
+/// Runs a checked backward into `gradients`.
+void backward(const StableChecks& checks, Scan& scan, const Tensor& dout,
+              const OptionalTensor& dfinal_states, const Tensor& x, const OptionalTensor& seq_idx,
+              const OptionalTensor& cu_seqlens, const Gradients& gradients) {
   SsdChunkScanParams& p = scan.p;
   check_ssd_chunk_scan_gradients(checks, scan.sizes, x, dout, dfinal_states);
   mark(checks, scan, seq_idx, cu_seqlens);
 
-  const auto like = [&](const OptionalTensor& tensor) {
-    return tensor ? OptionalTensor(allocate_like(checks.op(), *tensor)) : OptionalTensor();
-  };
-  Tensor dx = *like(x), ddt = *like(dt), dA = *like(A), dB = *like(B), dC = *like(C);
-  OptionalTensor dD = like(D), dz = like(z), ddt_bias = like(dt_bias);
-  OptionalTensor dinitial_states = like(initial_states);
+  const auto& [dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states] = gradients;
   p.dout = view<4>(dout);
   p.dfinal_states = view<4>(dfinal_states);
   p.dx = view<4>(dx);
@@ -139,14 +130,13 @@ Gradients ssd_chunk_scan_bwd(Tensor dout, OptionalTensor dfinal_states, Tensor x
   p.dD = view_per_channel(dD);
   p.ddt_bias = view<1>(ddt_bias);
   p.dinitial_states = view<4>(dinitial_states);
-  Gradients gradients{dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states};
   if constexpr (kWithCuda) {
     if (x.is_cuda()) {
       const CudaScope scope(x);
       const Workspace workspace(checks.op(), x, kernels::ssd_chunk_scan_bwd_cuda_workspace(p));
       check_launch(checks.op(),
                    kernels::ssd_chunk_scan_bwd_cuda(p, workspace.data(), scope.stream()));
-      return gradients;
+      return;
     }
   }
   const Workspace workspace(checks.op(), x, kernels::ssd_chunk_scan_bwd_cpu_workspace(p));
@@ -156,12 +146,44 @@ Gradients ssd_chunk_scan_bwd(Tensor dout, OptionalTensor dfinal_states, Tensor x
   parallel(ssd_chunk_scan_bwd_reduce_items(p), work_of(p) / 16, [&](int64_t begin, int64_t end) {
     cpu_kernels().ssd_chunk_scan_bwd_reduce(p, workspace.data(), begin, end);
   });
+}
+
+Gradients ssd_chunk_scan_bwd(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor dt,
+                             Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                             OptionalTensor dt_bias, OptionalTensor initial_states,
+                             OptionalTensor seq_idx, OptionalTensor cu_seqlens, bool dt_softplus,
+                             double dt_min, std::optional<double> dt_max) {
+  const StableChecks checks("ssd_chunk_scan_bwd", "x", x);
+  Scan scan = check(checks, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
+                    dt_softplus, dt_min, dt_max);
+  const auto like = [&](const auto& tensor) { return allocate_like(checks.op(), tensor); };
+  Gradients gradients{like(x), like(dt),      like(A),
+                      like(B), like(C),       like(D),
+                      like(z), like(dt_bias), like(initial_states)};
+  backward(checks, scan, dout, dfinal_states, x, seq_idx, cu_seqlens, gradients);
   return gradients;
+}
+
+void ssd_chunk_scan_bwd_out(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor dt,
+                            Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                            OptionalTensor dt_bias, OptionalTensor initial_states,
+                            OptionalTensor seq_idx, OptionalTensor cu_seqlens, bool dt_softplus,
+                            double dt_min, std::optional<double> dt_max, Tensor dx, Tensor ddt,
+                            Tensor dA, Tensor dB, Tensor dC, OptionalTensor dD, OptionalTensor dz,
+                            OptionalTensor ddt_bias, OptionalTensor dinitial_states) {
+  const StableChecks checks("ssd_chunk_scan_bwd_out", "x", x);
+  Scan scan = check(checks, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
+                    dt_softplus, dt_min, dt_max);
+  check_ssd_chunk_scan_bwd_results(checks, x, dt, A, B, C, D, z, dt_bias, initial_states, dx, ddt,
+                                   dA, dB, dC, dD, dz, ddt_bias, dinitial_states);
+  backward(checks, scan, dout, dfinal_states, x, seq_idx, cu_seqlens,
+           {dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states});
 }
 
 void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("ssd_chunk_scan", TORCH_BOX(&ssd_chunk_scan));
   m.impl("ssd_chunk_scan_bwd", TORCH_BOX(&ssd_chunk_scan_bwd));
+  m.impl("ssd_chunk_scan_bwd_out", TORCH_BOX(&ssd_chunk_scan_bwd_out));
 }
 
 }  // namespace

@@ -112,4 +112,25 @@ void check_ssd_chunk_scan_gradients(const Checks<Access>& checks,
   }
 }
 
+/// Gradients that the caller made.
+template <class Access, class Tensor = typename Access::Tensor>
+void check_ssd_chunk_scan_bwd_results(
+    const Checks<Access>& checks, const Tensor& x, const Tensor& dt, const Tensor& A,
+    const Tensor& B, const Tensor& C, const std::optional<Tensor>& D,
+    const std::optional<Tensor>& z, const std::optional<Tensor>& dt_bias,
+    const std::optional<Tensor>& initial_states, const Tensor& dx, const Tensor& ddt,
+    const Tensor& dA, const Tensor& dB, const Tensor& dC, const std::optional<Tensor>& dD,
+    const std::optional<Tensor>& dz, const std::optional<Tensor>& ddt_bias,
+    const std::optional<Tensor>& dinitial_states) {
+  checks.result("dx", dx, "x", x);
+  checks.result("ddt", ddt, "dt", dt);
+  checks.result("dA", dA, "A", A);
+  checks.result("dB", dB, "B", B);
+  checks.result("dC", dC, "C", C);
+  checks.result("dD", dD, "D", D);
+  checks.result("dz", dz, "z", z);
+  checks.result("ddt_bias", ddt_bias, "dt_bias", dt_bias);
+  checks.result("dinitial_states", dinitial_states, "initial_states", initial_states);
+}
+
 }  // namespace mamba_ssm::ops

@@ -68,6 +68,10 @@ Tensor allocate_like(const char* op, const Tensor& like) {
                              [&] { return torch::stable::empty_like(like); });
 }
 
+OptionalTensor allocate_like(const char* op, const OptionalTensor& like) {
+  return like ? OptionalTensor(allocate_like(op, *like)) : std::nullopt;
+}
+
 Tensor allocate_columns(const char* op, const Tensor& like, int64_t batch, int64_t dim,
                         int64_t columns) {
   return torch::stable::transpose(allocate(op, like, {batch, columns, dim}, like.scalar_type()), 1,
@@ -82,16 +86,6 @@ std::string StableAccess::device(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
   return "another device";
-}
-
-void check_writable(const StableChecks& checks, const char* name, const Tensor& tensor) {
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1 && tensor.stride(i) == 0) {
-      checks.fail(std::string(name) +
-                  " is updated in place and must not be expanded, got stride 0 " + "in dimension " +
-                  std::to_string(i) + " of " + StableChecks::text_of(tensor));
-    }
-  }
 }
 
 int64_t index_at(const Tensor& tensor, int64_t i) {

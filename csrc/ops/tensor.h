@@ -21,6 +21,7 @@ struct StableAccess {
   using Tensor = torch::stable::Tensor;
   using Size = int64_t;
   static Size size(const Tensor& tensor, int64_t i) { return tensor.size(i); }
+  static Size stride(const Tensor& tensor, int64_t i) { return tensor.stride(i); }
   static std::string device(const Tensor& tensor);
 };
 
@@ -53,6 +54,8 @@ Tensor allocate(const char* op, const Tensor& like, const std::vector<int64_t>& 
 
 /// A fresh tensor with the sizes, type and, where dense, the memory layout of `like`.
 Tensor allocate_like(const char* op, const Tensor& like);
+/// None for none.
+OptionalTensor allocate_like(const char* op, const OptionalTensor& like);
 
 /// A fresh (batch, dim, columns) tensor stored as (batch, columns, dim).
 Tensor allocate_columns(const char* op, const Tensor& like, int64_t batch, int64_t dim,
@@ -67,9 +70,6 @@ class Workspace {
  private:
   OptionalTensor tensor_;
 };
-
-/// `tensor` is updated in place: no two of its elements may be one in memory.
-void check_writable(const StableChecks& checks, const char* name, const Tensor& tensor);
 
 /// Element i of an int32 or int64 tensor of rank 1 in CPU memory.
 int64_t index_at(const Tensor& tensor, int64_t i);

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import compare, poison
 
@@ -137,3 +138,28 @@ def gradcheck(call, **options):
         return tuple(call.invoke(**dict(zip(names, tensors))).values())
 
     assert torch.autograd.gradcheck(function, leaves, nondet_tol=0.0, **options)
+
+
+class _Moves(TorchDispatchMode):
+    """Names of the operations that do nothing but rearrange at least `least` elements."""
+
+    MOVERS = ("copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "repeat")
+
+    def __init__(self, least):
+        super().__init__()
+        self.least = least
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in self.MOVERS and result.numel() >= self.least:
+            self.found.append(f"{name} {tuple(result.shape)}")
+        return result
+
+
+def check_moves_nothing(run, least):
+    """`run`, a forward and a backward, copies or concatenates no tensor of `least` elements."""
+    with _Moves(least) as moves:
+        run()
+    assert not moves.found

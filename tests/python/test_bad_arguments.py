@@ -520,7 +520,9 @@ def test_state_that_overlaps_itself(case, name, device):
 
 
 @pytest.mark.parametrize(
-    "case", [CONV, SCAN, COMPLEX, SSD, INNER, NORM_GATED, LAYER_NORM], ids=lambda case: case.op
+    "case",
+    [CONV, SCAN, COMPLEX, SSD, INNER, INNER2, NORM_GATED, LAYER_NORM],
+    ids=lambda case: case.op,
 )
 def test_no_second_derivative(case, device):
     """Never a silently wrong second derivative."""

@@ -272,3 +272,17 @@ def test_function_takes_what_callers_pass(device):
         mamba_split_conv1d_scan_combined(*positional, D, 8, **named | {"headdim": None})
     with pytest.raises(ValueError, match="chunk_size"):
         mamba_split_conv1d_scan_combined(*positional, D, 0, **named)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": False}, {"d_model": None}, {"packing": "packed"}])
+def test_moves_nothing(options, device):
+    """The block copies no tensor of its activations, forward or backward."""
+    case = cases.Inner2(batch=2, seqlen=64, **options)
+    call = case.call(device)
+    leaves = {n: call.arguments[n].detach().requires_grad_() for n in call.differentiable}
+
+    def run():
+        out = call.invoke(**leaves)["out"]
+        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
+
+    properties.check_moves_nothing(run, least=case.batch * case.seqlen * case.dstate)

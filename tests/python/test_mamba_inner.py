@@ -126,6 +126,29 @@ def test_autocast_casts_the_projections(autocast_dtype, device):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels, batch, time", "channel-last"])
+@pytest.mark.parametrize("options", [{}, {"out_bias": False, "proj_bias": True}, {"rms": True}])
+def test_moves_nothing(layout, options, device):
+    """No layout of xz makes the block copy a tensor of its activations, forward or backward."""
+    case = cases.Inner(batch=3, dim=8, seqlen=64, d_model=8, dstate=2, dt_rank=2, **options)
+    call = case.call(device)
+    xz = call.arguments["xz"]
+    if layout == "channels, batch, time":
+        xz = xz.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "channel-last":
+        xz = xz.transpose(1, 2).contiguous().transpose(1, 2)
+    leaves = {n: call.arguments[n].detach().requires_grad_() for n in call.differentiable}
+    leaves["xz"] = xz.detach().requires_grad_()
+
+    def run():
+        out = call.invoke(**leaves)["out"]
+        dxz, *_ = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        assert dxz.stride() == xz.stride()
+
+    # B and C behind their norms, dt_rank rows at most, go to their place through a copy.
+    properties.check_moves_nothing(run, least=case.batch * case.dim * case.seqlen)
+
+
 @pytest.mark.parametrize("seqlen", [3, 40])
 def test_empty_and_short(seqlen, device):
     for change in ({"batch": 0}, {"seqlen": 0}):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from harness import properties
 
 from mamba_ssm import Mamba
 from mamba_ssm.utils.generation import InferenceParams
@@ -310,3 +311,20 @@ def test_empty(device, shape):
     out, grads = gradients(block, torch.zeros(shape, dtype=torch.float64, device=device))
     assert out.shape == shape
     assert all((g == 0).all() for g in grads.values())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("use_fast_path", [False, True])
+def test_moves_nothing(device, bias, use_fast_path):
+    """From tokens to gradients no activation is copied from one layout into another."""
+    block = Mamba(8, d_state=4, bias=bias, use_fast_path=use_fast_path, device=device)
+    x = torch.randn(3, 64, 8, device=device, requires_grad=True)
+
+    def run():
+        if use_fast_path:
+            block(x).backward(torch.ones_like(x))
+        else:
+            with torch.no_grad():
+                block(x)
+
+    properties.check_moves_nothing(run, least=x.numel() // 2)

@@ -1,8 +1,10 @@
 """torch.library.opcheck: schema, autograd registration, fake tensors, AOT dispatch."""
 
+import dataclasses
+
 import pytest
 import torch
-from harness import cases
+from harness import cases, poison
 
 UTILS = (
     "test_schema",
@@ -316,3 +318,69 @@ def test_layer_norm_bwd(layout, optional, has_x1, device):
     arguments |= {"sum": total, "has_residual": True, "has_x1": has_x1}
     op = torch.ops.mamba_ssm.layer_norm_bwd.default
     torch.library.opcheck(op, (), arguments, test_utils=UTILS)
+
+
+OUT = {
+    "causal_conv1d_out": cases.Conv(seqlen=9),
+    "causal_conv1d_bwd_out": cases.Conv(seqlen=9),
+    "selective_scan_bwd_out": cases.Scan(seqlen=9, B=2),
+    "ssd_chunk_scan_bwd_out": cases.Ssd(seqlen=9, D="channel"),
+    "rms_norm_gated_bwd_out": cases.NormGated(),
+}
+PLAIN = {"D", "z", "delta_bias", "dt_bias", "initial_state", "initial_states", "bias"}
+
+
+@pytest.mark.parametrize("op", OUT)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "step2"])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_out(op, layout, plain, dtype, device):
+    """Results of any strides get the bits of fresh ones, and nothing around them is touched."""
+    call, arguments = _plain_arguments(dataclasses.replace(OUT[op], dtype=dtype), device)
+    if plain:
+        arguments = {n: None if n in PLAIN else value for n, value in arguments.items()}
+    if op == "selective_scan_bwd_out":
+        arguments["states"] = torch.ops.mamba_ssm.selective_scan_fwd(**arguments)[2]
+        arguments["dlast_state"] = None
+    elif "_bwd_" in op and "norm" not in op:
+        arguments["dfinal_states"] = None
+    if "_bwd_" in op:
+        arguments["dout"] = _own(call.cotangents["out"])
+    base = getattr(torch.ops.mamba_ssm, op.removesuffix("_out")).default
+    fresh = dict(zip((r.name for r in base._schema.returns), base(**arguments), strict=True))
+    fresh = {name: value for name, value in fresh.items() if value is not None}
+    arena = poison.Arena(device)
+    placed = {n: arena.place(n, torch.zeros_like(value), layout) for n, value in fresh.items()}
+    into = getattr(torch.ops.mamba_ssm, op).default
+    assert into(**arguments, **placed) is None
+    for name, value in fresh.items():
+        assert poison.same_bits(placed[name], value), name
+    arena.check(mutable=tuple(fresh))
+    if dtype == torch.float32:
+        own = {name: _own(value) for name, value in placed.items()}
+        torch.library.opcheck(into, (), arguments | own, test_utils=UTILS)
+
+
+@pytest.mark.parametrize("op", OUT)
+def test_wrong_out(op, device):
+    """A result of another shape or type, one that overlaps itself, or one too many or too few."""
+    call, arguments = _plain_arguments(OUT[op], device)
+    if op == "selective_scan_bwd_out":
+        arguments["states"] = torch.ops.mamba_ssm.selective_scan_fwd(**arguments)[2]
+    if "_bwd_" in op:
+        arguments["dout"] = _own(call.cotangents["out"])
+        arguments |= {"dlast_state": None} if "states" in arguments else {}
+        arguments |= {"dfinal_states": None} if op.startswith(("causal", "ssd")) else {}
+    base = getattr(torch.ops.mamba_ssm, op.removesuffix("_out")).default
+    results = dict(zip((r.name for r in base._schema.returns), base(**arguments), strict=True))
+    into = getattr(torch.ops.mamba_ssm, op).default
+    required = {a.name for a in into._schema.arguments if not a.has_default_value()}
+    for name, value in results.items():
+        spoiled = [value[1:], value.double(), value[:1].expand_as(value)]
+        for wrong in spoiled if name in required else [*spoiled, None]:
+            with pytest.raises(RuntimeError, match=rf"{op}: {name} must|{op}: {name} is written"):
+                into(**arguments, **(results | {name: wrong}))
+        if name not in required:
+            absent = {name.removeprefix("d"): None}
+            with pytest.raises(RuntimeError, match=f"{op}: {name} must be given where"):
+                into(**(arguments | absent), **results)

@@ -25,7 +25,7 @@ COMPOSITES = ("mamba_inner", "mamba2_inner")  # made of other ops, in any backen
 
 def stem(op):
     """The op whose files hold `op`: derivatives and variants live with their base."""
-    base = re.sub(r"_(fwd|bwd)$", "", op)
+    base = re.sub(r"(_fwd|_bwd)?(_out)?$", "", op)
     return "causal_conv1d" if base.startswith("causal_conv1d") else base
 
 
@@ -56,13 +56,22 @@ def test_kernels(op):
 @pytest.mark.parametrize("schema", SCHEMAS, ids=OPS)
 def test_schema(schema):
     """Results are fresh; what a call writes to is marked; derivatives name what they derive."""
+
+    def schema_of(name):
+        return next(s for s in SCHEMAS if s.name == name)
+
     op = schema.name.removeprefix("mamba_ssm::")
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert bool(written) == op.endswith("_update")
+    assert bool(written) == op.endswith(("_update", "_out"))
     assert not any(r.alias_info for r in schema.returns)
+    if op.endswith("_out"):
+        base = schema_of(schema.name.removesuffix("_out"))
+        assert not schema.returns
+        assert [a.name for a in base.arguments] + written == [a.name for a in schema.arguments]
+        assert written == [r.name for r in base.returns]
     if op.endswith("_bwd"):
         assert schema.arguments[0].name == "dout"
-        forward = next(s for s in SCHEMAS if s.name == schema.name.removesuffix("_bwd"))
+        forward = schema_of(schema.name.removesuffix("_bwd"))
         needed = {a.name for a in forward.arguments} - UNREAD.get(op, set())
         assert needed <= {a.name for a in schema.arguments}
 
@@ -85,7 +94,7 @@ def test_files(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_declared_for_cpp(op):
-    if op.endswith(("_fwd", "_bwd")):
+    if op.endswith(("_fwd", "_bwd", "_out")):
         return
     header = (ROOT / "csrc/include/mamba_ssm/ops.h").read_text()
     assert re.search(rf"\b{op}\(", header)
@@ -102,7 +111,7 @@ def test_a_test_names_it(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_readme_has_a_row(op):
-    if op.endswith(("_fwd", "_bwd")):
+    if op.endswith(("_fwd", "_bwd", "_out")):
         return
     readme = (ROOT / "README.md").read_text()
     assert re.search(rf"^\|.*\b{op}\b.*\|", readme, re.MULTILINE)

@@ -12,13 +12,18 @@ from mamba_ssm.modules.block import Block as _Block
 ops = torch.ops.mamba_ssm
 
 
-def _project_channel_first(weight, tokens):
-    """weight @ token for tokens (batch, seqlen, features), as (batch, rows of weight, seqlen).
+def _project_channel_first(tokens, weight, bias=None):
+    """weight @ token + bias for tokens (batch, seqlen, features), as (batch, rows, seqlen).
 
-    Tokens of a channel lie side by side, as convolution and scan walk them.
+    It is stored as (rows, batch, seqlen): tokens of a channel lie side by side, as convolution and
+    scan walk them, and the transpose of the result is `tokens` for the next product, uncopied.
     """
     batch, seqlen, _ = tokens.shape
-    projected = torch.mm(weight, tokens.flatten(0, 1).t())  # (rows, batch * seqlen)
+    columns = tokens.flatten(0, 1).t()  # (features, batch * seqlen)
+    if bias is None:
+        projected = torch.mm(weight, columns)
+    else:
+        projected = torch.addmm(bias[:, None], weight, columns)
     return projected.view(weight.shape[0], batch, seqlen).transpose(0, 1)
 
 
@@ -182,7 +187,7 @@ class Mamba(nn.Module):
             window = torch.cat([past[..., 1:], x[..., None]], dim=-1)
             conv_state.copy_(window.detach())
             x = self.act(self.conv1d(window)[..., self.d_conv - 1]).to(x.dtype)
-        dt, B, C = self._split(self.x_proj(x).to(x.dtype))
+        dt, B, C = self._split(self.x_proj(x).to(x.dtype), dim=-1)
         if is_plain(self.dt_proj, nn.Linear):
             dt, dt_bias = F.linear(dt, self.dt_proj.weight), upcast(self.dt_proj.bias)
         else:
@@ -231,9 +236,16 @@ class Mamba(nn.Module):
     def _A(self):
         return -torch.exp(upcast(self.A_log))
 
-    def _split(self, projected):
-        """Output of x_proj, (..., dt_rank + 2 * d_state), as dt, B, C."""
-        return projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+    def _split(self, projected, dim):
+        """Output of x_proj, with dt_rank + 2 * d_state features in dimension dim, as dt, B, C."""
+        return projected.split([self.dt_rank, self.d_state, self.d_state], dim=dim)
+
+    @staticmethod
+    def _project(layer, tokens):
+        """layer(tokens), (batch, seqlen, features), as (batch, rows, seqlen)."""
+        if is_plain(layer, nn.Linear):
+            return _project_channel_first(tokens, layer.weight, layer.bias)
+        return layer(tokens).transpose(1, 2)
 
     def _is_fusible(self):
         return is_plain(self.conv1d, nn.Conv1d) and all(
@@ -241,13 +253,8 @@ class Mamba(nn.Module):
         )
 
     def _project_in(self, hidden_states):
-        """in_proj as (batch, 2 * d_inner, seqlen), for a plain in_proj with contiguous tokens."""
-        if not is_plain(self.in_proj, nn.Linear):
-            return self.in_proj(hidden_states).transpose(1, 2)
-        xz = _project_channel_first(self.in_proj.weight, hidden_states)
-        if self.in_proj.bias is not None:
-            xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
-        return xz
+        """in_proj as (batch, 2 * d_inner, seqlen)."""
+        return self._project(self.in_proj, hidden_states)
 
     def _forward_unfused(self, xz, seq_idx=None, conv_state=None, ssm_state=None, continues=False):
         """The block after in_proj, each part through its own module or operation.
@@ -272,19 +279,20 @@ class Mamba(nn.Module):
             start = window.shape[-1] - x.shape[-1]
             x = self.act(self.conv1d(window)[..., start : start + x.shape[-1]]).to(x.dtype)
 
-        dt, B, C = self._split(self.x_proj(x.transpose(1, 2)).to(x.dtype))
+        projected = self._project(self.x_proj, x.transpose(1, 2)).to(x.dtype)
+        dt, B, C = self._split(projected, dim=1)
         if is_plain(self.dt_proj, nn.Linear):
-            delta = _project_channel_first(self.dt_proj.weight, dt)
+            delta = _project_channel_first(dt.transpose(1, 2), self.dt_proj.weight)
             delta_bias = upcast(self.dt_proj.bias)
         else:
-            delta, delta_bias = self.dt_proj(dt).transpose(1, 2), None
+            delta, delta_bias = self.dt_proj(dt.transpose(1, 2)).transpose(1, 2), None
         A = self._A()
         y, last_state = ops.selective_scan(
             x,
             delta.to(x.dtype),
             A,
-            B.transpose(1, 2),
-            C.transpose(1, 2),
+            B,
+            C,
             D=upcast(self.D),
             z=z,
             delta_bias=delta_bias,
