@@ -8,15 +8,10 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Blocks of min_block heads, and of more once there are items enough.
-SsdChunkScanBlocks blocks_of(const SsdChunkScanParams& p, int64_t min_block) {
-  constexpr int64_t kItems = 64, kMaxBlock = 16;
+SsdChunkScanBlocks blocks_of(const SsdChunkScanParams& p, int64_t heads) {
   SsdChunkScanBlocks s{};
-  if (p.ngroups == 0) return s;
-  s.group = p.nheads / p.ngroups;
-  s.block = min_block;
-  while (s.block < kMaxBlock && p.num_sequences * p.nheads >= 2 * s.block * kItems) s.block *= 2;
-  s.block = std::max<int64_t>(1, std::min(s.block, s.group));
+  s.group = p.ngroups > 0 ? p.nheads / p.ngroups : 0;
+  s.block = std::max<int64_t>(1, std::min(heads, s.group));
   s.per_group = ceil_div(s.group, s.block);
   s.per_sequence = p.ngroups * s.per_group;
   return s;
@@ -25,12 +20,16 @@ SsdChunkScanBlocks blocks_of(const SsdChunkScanParams& p, int64_t min_block) {
 }  // namespace
 
 SsdChunkScanBlocks ssd_chunk_scan_fwd_blocks(const SsdChunkScanParams& p) {
-  return blocks_of(p, 2);
+  return blocks_of(p, 1);
 }
 
-// Every block of the backward leaves a partial sum of dB and dC, hence fewer of them.
+// Every block of the backward leaves a partial sum of dB and dC, hence fewer of them: of 4 heads,
+// and of more once there are items enough.
 SsdChunkScanBlocks ssd_chunk_scan_bwd_blocks(const SsdChunkScanParams& p) {
-  return blocks_of(p, 4);
+  constexpr int64_t kItems = 64, kMaxBlock = 16;
+  int64_t block = 4;
+  while (block < kMaxBlock && p.num_sequences * p.nheads >= 2 * block * kItems) block *= 2;
+  return blocks_of(p, block);
 }
 
 SsdChunkScanWorkspace ssd_chunk_scan_bwd_layout(const SsdChunkScanParams& p) {

@@ -4,7 +4,7 @@
 // broadcast numbers, columns are vectors. A chunk is a list of tokens that are not padding, all
 // from one sequence; a token that resets the state starts a chunk, so that what was before it takes
 // no part in any arithmetic. What a chunk reads is converted to dense matrices first: tokens by
-// headdim (x, z, dout), tokens by dstate (B, C). A state is held as (dstate, headdim).
+// headdim (x, z, dout), tokens by dstate (B, C). A state is held as (dstate, headdim), in panels.
 //
 // Backward of a chunk, with u = d x, G_ij = exp(c_i - c_j) for j <= i (else 0), h the state before
 // and dh' the gradient of the one after the chunk, e its last token, and dy = dout silu(z):
@@ -21,6 +21,10 @@
 // B_j . dB_j over j < s, and of exp(c_e) h . dh'. No large terms cancel in it.
 
 #include "ssd_chunk_scan_cpu.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <new>
 
@@ -39,6 +43,7 @@ static_assert(kChunk % kLanes == 0);
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- Dense matrices and their products
 
@@ -62,8 +67,7 @@ class Matrix {
 
   Matrix(int64_t rows, int64_t cols)
       : stride(row_stride(cols)),
-        data_(static_cast<S*>(::operator new(
-            static_cast<size_t>(round_up(rows, kLanes) * stride) * sizeof(S), kAlign))) {}
+        data_(static_cast<S*>(allocate(round_up(rows, kLanes) * stride))) {}
   ~Matrix() { ::operator delete(data_, kAlign); }
   Matrix(const Matrix&) = delete;
   Matrix& operator=(const Matrix&) = delete;
@@ -73,6 +77,20 @@ class Matrix {
 
  private:
   static constexpr std::align_val_t kAlign{64};
+
+  static void* allocate(int64_t elements) {
+    const size_t bytes = static_cast<size_t>(elements) * sizeof(S);
+    void* const memory = ::operator new(bytes, kAlign);
+#ifdef MADV_HUGEPAGE
+    // Megabytes that are read once per pass have more small pages than the processor remembers.
+    constexpr size_t kLarge = size_t{1} << 22, kPage = size_t{1} << 16;  // no small page is larger
+    if (bytes >= kLarge) {
+      const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+      madvise(reinterpret_cast<void*>(begin), bytes - kPage, MADV_HUGEPAGE);
+    }
+#endif
+    return memory;
+  }
 
   /// Whole vectors; not a multiple of 256 bytes, so that columns spread over the sets of a cache.
   static int64_t row_stride(int64_t cols) {
@@ -85,8 +103,13 @@ class Matrix {
 
 /// Rows of a tile, and vectors of one: as many sums as hide the latency of a fused multiply-add and
 /// fit into the registers.
-constexpr int kTileRows = 4;
-constexpr int kTileVectors = MAMBA_SSM_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kTileRows = MAMBA_SSM_VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kTileVectors = 2;
+static_assert(kLanes % kTileRows == 0);
+
+/// Columns of a tile.
+template <class S>
+constexpr int kPanel = MAMBA_SSM_VECTOR_BYTES / sizeof(S) * kTileVectors;
 
 /// A part of a matrix in registers: kTileRows rows, kVectors vectors.
 template <class S, int kVectors>
@@ -101,12 +124,12 @@ struct Tile {
                                                   const S* b, int64_t b_step, int64_t steps) {
     for (int64_t k = 0; k < steps; ++k) {
       V columns[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) columns[v] = load_vector(b + k * b_step + v * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
         const V x = a[r * a_row + k * a_step] - V{};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sums[r][v] = x * columns[v] + sums[r][v];
       }
     }
@@ -115,9 +138,9 @@ struct Tile {
   /// Element by element: sum = f(sum, row, column).
   template <class F>
   __attribute__((always_inline)) void update(F f) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sums[r][v] = f(sums[r][v], r, v * kWidth);
     }
   }
@@ -130,9 +153,6 @@ struct Tile {
   __attribute__((always_inline)) void scale_rows(const S* factors) {
     update([&](V sum, int r, int) { return factors[r] * sum; });
   }
-  __attribute__((always_inline)) void scale_columns(const S* factors) {
-    update([&](V sum, int, int c) { return load_vector(factors + c) * sum; });
-  }
   __attribute__((always_inline)) void multiply(const S* m, int64_t stride) {
     update([&](V sum, int r, int c) { return load_vector(m + r * stride + c) * sum; });
   }
@@ -140,12 +160,25 @@ struct Tile {
   __attribute__((always_inline)) void add(S factor, const S* m, int64_t stride) {
     update([&](V sum, int r, int c) { return factor * load_vector(m + r * stride + c) + sum; });
   }
+  /// Lane by lane, the sum of the products of two matrices as large as a tile.
+  __attribute__((always_inline)) static V inner_product(const S* a, const S* b, int64_t stride) {
+    V total = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = r * stride + v * kWidth;
+        total = load_vector(a + at) * load_vector(b + at) + total;
+      }
+    }
+    return total;
+  }
   /// to[c] += the sum over r of m[r][c] sums[r][c]
   __attribute__((always_inline)) void add_column_products(const S* m, int64_t stride, S* to) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       V total = load_vector(to + v * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
         total = load_vector(m + r * stride + v * kWidth) * sums[r][v] + total;
       }
@@ -153,25 +186,15 @@ struct Tile {
     }
   }
   __attribute__((always_inline)) void store(S* m, int64_t stride) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         std::memcpy(m + r * stride + v * kWidth, &sums[r][v], sizeof(V));
       }
     }
   }
 };
-
-/// Prefetches a widest tile of a matrix.
-template <class S>
-inline void prefetch_tile(const S* m, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      __builtin_prefetch(m + r * stride + v * kNativeLanes<S>, 0, 2);
-    }
-  }
-}
 
 // A function of its own, since GCC spills sums when such loops are parts of a larger one.
 template <class S, int kVectors, class F>
@@ -186,18 +209,22 @@ __attribute__((noinline)) void for_each_tile_of_width(int64_t rows, int64_t col,
 /// of kTileRows x kLanes.
 template <class S, class F>
 inline void for_each_tile(int64_t rows, int64_t cols, F f) {
-  constexpr int kWidth = kNativeLanes<S>;
   cols = round_up(cols, kLanes);
   int64_t col = 0;
-  for (; cols - col > (kTileVectors - 1) * kWidth; col += kTileVectors * kWidth) {
+  for (; cols - col >= kPanel<S>; col += kPanel<S>) {
     for_each_tile_of_width<S, kTileVectors>(rows, col, f);
   }
-  const int64_t rest = (cols - col) / kWidth;
-  if constexpr (kTileVectors > 2) {
-    if (rest == 3) return for_each_tile_of_width<S, 3>(rows, col, f);
-    if (rest == 2) return for_each_tile_of_width<S, 2>(rows, col, f);
+  if (col < cols) for_each_tile_of_width<S, 1>(rows, col, f);
+}
+
+/// f(tile, j, i) for zero tiles that together cover the pairs of tokens j <= i < count, and beyond:
+/// all i from the vector of token j on.
+template <class S, class F>
+inline void for_each_causal_tile(int64_t count, F f) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    for_each_tile<S>(least(kLanes, count - first), count - first,
+                     [&](auto& tile, int64_t j, int64_t i) { f(tile, first + j, first + i); });
   }
-  if (rest == 1) for_each_tile_of_width<S, 1>(rows, col, f);
 }
 
 /// to[j][i] = from[i][j], up to whole vectors of both.
@@ -229,32 +256,43 @@ inline Vector<S> from_lane(int lane, Vector<S> v) {
 
 // ---- Work items and chunks
 
-/// Heads [head, head + heads) of one sequence: tokens [begin, end) of batch row b.
-struct Item {
+/// Consecutive work items that are done together, as they read the same B and C: heads
+/// [head, head + heads) of one sequence, tokens [begin, end) of batch row b. No result depends on
+/// which items are done together.
+struct Task {
+  int64_t items;
   int64_t sequence, b, begin, end;
   int64_t group, head, heads;
 };
 
-inline Item item_of(const SsdChunkScanParams& p, const SsdChunkScanBlocks& blocks, int64_t index) {
-  Item item{};
-  item.sequence = index / blocks.per_sequence;
-  item.group = index % blocks.per_sequence / blocks.per_group;
-  const int64_t first = index % blocks.per_group * blocks.block;
-  item.head = item.group * blocks.group + first;
-  item.heads = least(blocks.block, blocks.group - first);
-  item.b = item.sequence;
-  item.end = p.seqlen;
+/// Heads of a task: those of whole items within a limit, but of one item at least.
+int64_t heads_within(int64_t limit, const SsdChunkScanBlocks& blocks) {
+  return blocks.block * most(1, least(limit / blocks.block, blocks.per_group));
+}
+
+/// The task that starts with item `index` of [index, end). most_heads: see heads_within.
+Task task_of(const SsdChunkScanParams& p, const SsdChunkScanBlocks& blocks, int64_t index,
+             int64_t end, int64_t most_heads) {
+  Task task{};
+  task.sequence = index / blocks.per_sequence;
+  task.group = index % blocks.per_sequence / blocks.per_group;
+  const int64_t block = index % blocks.per_group;
+  task.items = least(least(end - index, blocks.per_group - block), most_heads / blocks.block);
+  task.head = task.group * blocks.group + block * blocks.block;
+  task.heads = least(task.items * blocks.block, blocks.group - block * blocks.block);
+  task.b = task.sequence;
+  task.end = p.seqlen;
   if (p.cu_seqlens) {
     const auto bound = [&](int64_t i) {
       const int64_t at =
           load_as<int64_t>(p.cu_seqlens.data, p.cu_seqlens.dtype, i * p.cu_seqlens.stride[0]);
       return at < 0 ? 0 : least(at, p.seqlen);
     };
-    item.b = 0;
-    item.begin = bound(item.sequence);
-    item.end = bound(item.sequence + 1);
+    task.b = 0;
+    task.begin = bound(task.sequence);
+    task.end = bound(task.sequence + 1);
   }
-  return item;
+  return task;
 }
 
 /// Whether a sequence starts from initial_states; `state` is its row there.
@@ -271,14 +309,14 @@ struct Chunk {
   int64_t tokens[kChunk];
 };
 
-inline Chunk chunk_at(const SsdChunkScanParams& p, const Item& item, int64_t begin) {
+inline Chunk chunk_at(const SsdChunkScanParams& p, const Task& task, int64_t begin) {
   Chunk chunk;
   chunk.begin = begin;
   chunk.resets = false;
   chunk.count = 0;
-  const uint8_t* const marks = p.marks ? p.marks + item.b * p.seqlen : nullptr;
+  const uint8_t* const marks = p.marks ? p.marks + task.b * p.seqlen : nullptr;
   int64_t t = begin;
-  for (; t < item.end; ++t) {
+  for (; t < task.end; ++t) {
     const uint8_t mark = marks ? marks[t] : uint8_t{kContinue};
     if (mark == kPadding) continue;
     if (chunk.count == kChunk || (mark == kReset && chunk.count > 0)) break;
@@ -289,18 +327,18 @@ inline Chunk chunk_at(const SsdChunkScanParams& p, const Item& item, int64_t beg
   return chunk;
 }
 
-inline int64_t count_chunks(const SsdChunkScanParams& p, const Item& item) {
+inline int64_t count_chunks(const SsdChunkScanParams& p, const Task& task) {
   int64_t count = 0;
-  for (int64_t t = item.begin; t < item.end; t = chunk_at(p, item, t).end) ++count;
+  for (int64_t t = task.begin; t < task.end; t = chunk_at(p, task, t).end) ++count;
   return count;
 }
 
 template <class F>
-inline void for_each_padding(const SsdChunkScanParams& p, const Item& item, const Chunk& chunk,
+inline void for_each_padding(const SsdChunkScanParams& p, const Task& task, const Chunk& chunk,
                              F f) {
   if (!p.marks || chunk.end - chunk.begin == chunk.count) return;
   for (int64_t t = chunk.begin; t < chunk.end; ++t) {
-    if (p.marks[item.b * p.seqlen + t] == kPadding) f(t);
+    if (p.marks[task.b * p.seqlen + t] == kPadding) f(t);
   }
 }
 
@@ -386,72 +424,96 @@ void clear_row(const TokenRows& rows, int64_t token) {
   }
 }
 
-/// The state (headdim, dstate) of a view (states, nheads, headdim, dstate) to (dstate, headdim),
-/// zeros beyond.
+/// A state in memory, (dstate, headdim): panels of kPanel columns, one after the other, so that the
+/// rows that a product reads are one run. There are whole tiles of rows.
 template <class S>
-void load_state(const View<4>& v, int64_t state, int64_t head, int64_t headdim, int64_t dstate,
-                S* to, int64_t stride) {
+struct StateLayout {
+  int64_t dstate, headdim;
+
+  int64_t rows() const { return round_up(dstate, kTileRows); }
+  int64_t size() const { return rows() * round_up(headdim, kPanel<S>); }
+  /// Where row n and column k are; the next row is kPanel further.
+  int64_t at(int64_t n, int64_t k) const {
+    const int64_t in_panel = k % kPanel<S>;
+    return (k - in_panel) * rows() + n * kPanel<S> + in_panel;
+  }
+  /// States that fit into so many bytes.
+  int64_t count_in(int64_t bytes) const {
+    const int64_t state_bytes = size() * static_cast<int64_t>(sizeof(S));
+    return state_bytes > 0 ? bytes / state_bytes : bytes;
+  }
+};
+
+/// What the states of the heads of a task may take, to stay in the L2 cache, unless one item has
+/// more heads.
+constexpr int64_t kCachedBytes = int64_t{512} << 10;
+
+/// Prefetches what a tile of a state covers.
+template <class S>
+inline void prefetch_tile(const S* tile) {
+  constexpr int kLine = 64 / sizeof(S);
+  for (int i = 0; i < kTileRows * kPanel<S>; i += kLine) __builtin_prefetch(tile + i, 0, 2);
+}
+
+/// square(n, k) for the squares of kLanes x kLanes of a state that are runs of float32 in the view,
+/// element(n, k) for all other elements of rows x cols.
+template <class S, class Square, class Element>
+void for_each_part(const View<4>& v, const StateLayout<S>& layout, int64_t rows, int64_t cols,
+                   Square square, Element element) {
+  const bool runs = sizeof(S) == sizeof(float) && v.dtype == DType::kFloat32 && v.stride[3] == 1;
+  const int64_t whole_n = runs ? layout.dstate / kLanes * kLanes : 0;
+  const int64_t whole_k = runs ? layout.headdim / kLanes * kLanes : 0;
+  for (int64_t k = 0; k < whole_k; k += kLanes) {
+    for (int64_t n = 0; n < whole_n; n += kLanes) square(n, k);
+  }
+  for (int64_t k = 0; k < cols; ++k) {
+    for (int64_t n = k < whole_k ? whole_n : 0; n < rows; ++n) element(n, k);
+  }
+}
+
+/// Loads the state (headdim, dstate) of a view (states, nheads, headdim, dstate), zeros beyond.
+template <class S>
+void load_state(const View<4>& v, int64_t state, int64_t head, const StateLayout<S>& layout,
+                S* to) {
   const int64_t offset = state * v.stride[0] + head * v.stride[1];
-  const int64_t rows = round_up(dstate, kTileRows), cols = round_up(headdim, kLanes);
-  const auto load_scalars = [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
-    for (int64_t k = p0; k < p1; ++k) {
-      for (int64_t n = n0; n < n1; ++n) {
-        const int64_t at = offset + k * v.stride[2] + n * v.stride[3];
-        to[n * stride + k] = n < dstate && k < headdim ? load_as<S>(v.data, v.dtype, at) : S(0);
+  const auto square = [&](int64_t n, int64_t k) {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      VecF block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = load(static_cast<const float*>(v.data) + offset + (k + i) * v.stride[2] + n);
       }
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) store(to + layout.at(n + i, k), block[i]);
     }
   };
-  int64_t whole_n = 0, whole_p = 0;
-  if constexpr (sizeof(S) == sizeof(float)) {
-    if (v.dtype == DType::kFloat32 && v.stride[3] == 1) {
-      whole_n = dstate / kLanes * kLanes;
-      whole_p = headdim / kLanes * kLanes;
-    }
-    for (int64_t k = 0; k < whole_p; k += kLanes) {
-      for (int64_t n = 0; n < whole_n; n += kLanes) {
-        const float* const from = static_cast<const float*>(v.data) + offset + n;
-        VecF block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (k + i) * v.stride[2]);
-        transpose(block);
-        for (int i = 0; i < kLanes; ++i) store(to + (n + i) * stride + k, block[i]);
-      }
-    }
-  }
-  load_scalars(0, whole_n, whole_p, cols);
-  load_scalars(whole_n, rows, 0, cols);
+  const auto element = [&](int64_t n, int64_t k) {
+    const int64_t from = offset + k * v.stride[2] + n * v.stride[3];
+    const bool inside = n < layout.dstate && k < layout.headdim;
+    to[layout.at(n, k)] = inside ? load_as<S>(v.data, v.dtype, from) : S(0);
+  };
+  for_each_part(v, layout, layout.rows(), round_up(layout.headdim, kLanes), square, element);
 }
 
 /// The reverse; null stands for a state of zeros.
 template <class S>
-void store_state(const View<4>& v, int64_t state, int64_t head, int64_t headdim, int64_t dstate,
-                 const S* from, int64_t stride) {
+void store_state(const View<4>& v, int64_t state, int64_t head, const StateLayout<S>& layout,
+                 const S* from) {
   const int64_t offset = state * v.stride[0] + head * v.stride[1];
-  const auto store_scalars = [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
-    for (int64_t k = p0; k < p1; ++k) {
-      for (int64_t n = n0; n < n1; ++n) {
-        store_as(v.data, v.dtype, offset + k * v.stride[2] + n * v.stride[3],
-                 from ? from[n * stride + k] : S(0));
+  const auto square = [&](int64_t n, int64_t k) {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      VecF block[kLanes] = {};
+      for (int i = 0; i < kLanes && from; ++i) block[i] = load(from + layout.at(n + i, k));
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) {
+        store(static_cast<float*>(v.data) + offset + (k + i) * v.stride[2] + n, block[i]);
       }
     }
   };
-  int64_t whole_n = 0, whole_p = 0;
-  if constexpr (sizeof(S) == sizeof(float)) {
-    if (from && v.dtype == DType::kFloat32 && v.stride[3] == 1) {
-      whole_n = dstate / kLanes * kLanes;
-      whole_p = headdim / kLanes * kLanes;
-    }
-    for (int64_t k = 0; k < whole_p; k += kLanes) {
-      for (int64_t n = 0; n < whole_n; n += kLanes) {
-        float* const to = static_cast<float*>(v.data) + offset + n;
-        VecF block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = load(from + (n + i) * stride + k);
-        transpose(block);
-        for (int i = 0; i < kLanes; ++i) store(to + (k + i) * v.stride[2], block[i]);
-      }
-    }
-  }
-  store_scalars(0, whole_n, whole_p, headdim);
-  store_scalars(whole_n, dstate, 0, headdim);
+  const auto element = [&](int64_t n, int64_t k) {
+    store_as(v.data, v.dtype, offset + k * v.stride[2] + n * v.stride[3],
+             from ? from[layout.at(n, k)] : S(0));
+  };
+  for_each_part(v, layout, layout.dstate, layout.headdim, square, element);
 }
 
 // ---- One chunk of one head
@@ -466,6 +528,7 @@ struct Steps {
   alignas(64) S c[kChunk], c_rest[kChunk];
   alignas(64) S from_start[kChunk];  // exp(c_i): from the state before the chunk to token i
   alignas(64) S to_end[kChunk];      // from token i to the state after the chunk
+  alignas(64) S d_to_end[kChunk];    // d * to_end
   S decay;                           // from the state before to the state after
 };
 
@@ -476,14 +539,15 @@ struct Scan {
   using V = Vector<S>;
 
   const SsdChunkScanParams& p;
-  Item item{};
+  const StateLayout<S> layout;
+  Task task{};
   Chunk chunk{};
   int64_t padded = 0;  // tokens of the chunk, up to whole vectors
   Matrix<S> B, C;      // (token, state)
   Matrix<S> Ct;        // (state, token)
   Matrix<S> BC;        // (j, i): B_j . C_i
   Steps<S> steps;
-  Matrix<S> x, u;   // (token, headdim); u = d x
+  Matrix<S> x, u;   // (token, headdim); u: scaled x
   Matrix<S> decay;  // (j, i): exp(c_i - c_j) where i >= j, else 0 or, in vectors of such, unset
   Matrix<S> mix;    // (j, i): decay * BC
   Matrix<S> y;      // (token, headdim)
@@ -497,6 +561,7 @@ struct Scan {
 
   explicit Scan(const SsdChunkScanParams& params)
       : p(params),
+        layout{p.dstate, p.headdim},
         B(kChunk, p.dstate),
         C(kChunk, p.dstate),
         Ct(p.dstate, kChunk),
@@ -507,25 +572,22 @@ struct Scan {
         mix(kChunk, kChunk),
         y(kChunk, p.headdim) {}
 
-  /// Rows of a state in memory.
-  int64_t state_rows() const { return round_up(p.dstate, kTileRows); }
-
   TokenRows rows(const View<4>& v, int64_t head) const {
-    return token_rows(v, item.b, head, p.headdim);
+    return token_rows(v, task.b, head, p.headdim);
   }
 
   /// The tokens from `begin` on, and B.
   void load_chunk(int64_t begin) {
-    chunk = chunk_at(p, item, begin);
+    chunk = chunk_at(p, task, begin);
     padded = round_up(chunk.count, kLanes);
-    load_rows(token_rows(p.B, item.b, item.group, p.dstate), chunk, B);
+    load_rows(token_rows(p.B, task.b, task.group, p.dstate), chunk, B);
   }
 
   /// C, and the products of B and C.
   void load_C() {
-    load_rows(token_rows(p.C, item.b, item.group, p.dstate), chunk, C);
+    load_rows(token_rows(p.C, task.b, task.group, p.dstate), chunk, C);
     transpose_matrix(C, chunk.count, p.dstate, Ct);
-    for_each_tile<S>(chunk.count, padded, [&](auto& tile, int64_t j, int64_t i) {
+    for_each_causal_tile<S>(chunk.count, [&](auto& tile, int64_t j, int64_t i) {
       tile.add_product(B[j], B.stride, 1, Ct[0] + i, Ct.stride, p.dstate);
       tile.store(BC[j] + i, BC.stride);
     });
@@ -535,7 +597,7 @@ struct Scan {
     S raw[kChunk];
     const S bias =
         p.dt_bias ? load_as<S>(p.dt_bias.data, p.dt_bias.dtype, head * p.dt_bias.stride[0]) : S(0);
-    const int64_t offset = item.b * p.dt.stride[0] + head * p.dt.stride[2];
+    const int64_t offset = task.b * p.dt.stride[0] + head * p.dt.stride[2];
     for (int i = 0; i < padded; ++i) {
       raw[i] = i < chunk.count ? bias + load_as<S>(p.dt.data, p.dt.dtype,
                                                    offset + chunk.tokens[i] * p.dt.stride[1])
@@ -572,14 +634,11 @@ struct Scan {
     for (int i = 0; i < padded; i += kLanes) {
       const V c_i = load(steps.c + i), rest = load(steps.c_rest + i);
       store(steps.from_start + i, exp_precise(c_i));
-      store(steps.to_end + i, exp_precise((end - c_i) + (end_rest - rest)));
+      const V to_end = exp_precise((end - c_i) + (end_rest - rest));
+      store(steps.to_end + i, to_end);
+      store(steps.d_to_end + i, load(steps.d + i) * to_end);
     }
     steps.decay = exp_precise(V{} + end)[0];
-  }
-
-  void load_inputs(int64_t head) {
-    load_rows(rows(p.x, head), chunk, x);
-    scale_rows(x, steps.d, u);
   }
 
   /// What every token of the chunk gives to every later one.
@@ -596,48 +655,53 @@ struct Scan {
     }
   }
 
-  /// y without D x, from the state before the chunk; null: from 0.
-  void read_out(const S* state, int64_t stride) {
+  /// y from the state before the chunk (null: 0) and the head's row of D.
+  void read_out(const S* state, const S* D) {
+    scale_rows(x, steps.d, u);
     for_each_tile<S>(chunk.count, p.headdim, [&](auto& tile, int64_t i, int64_t k) {
       if (state) {
-        tile.add_product(C[i], C.stride, 1, state + k, stride, p.dstate);
+        tile.add_product(C[i], C.stride, 1, state + layout.at(0, k), kPanel<S>, p.dstate);
         tile.scale_rows(steps.from_start + i);
       }
       tile.add_product(mix[0] + i, 1, mix.stride, u[0] + k, u.stride,
                        least(i + kTileRows, chunk.count));
+      tile.update([&](auto sum, int r, int c) {
+        return tile.load_vector(D + k + c) * tile.load_vector(x[i + r] + k + c) + sum;
+      });
       tile.store(y[i] + k, y.stride);
     });
   }
 
   /// After head h of the chunk comes the next one, or the first one in the chunk at next_chunk.
   void plan(int64_t h, int64_t next_chunk) {
-    const bool last = h + 1 == item.heads;
-    next.head = item.head + (last ? 0 : h + 1);
+    const bool last = h + 1 == task.heads;
+    next.head = task.head + (last ? 0 : h + 1);
     next.token = last ? next_chunk : chunk.begin;
   }
 
-  /// Prefetches what comes next, in parts: one with each row of tiles of a state. Runs of headdim
-  /// elements a token apart are too short for the hardware to foresee.
-  void prefetch_next(int64_t tile_row) const {
-    const int64_t first = next.token + kChunk * tile_row / state_rows();
-    const int64_t last = next.token + kChunk * (tile_row + kTileRows) / state_rows();
+  /// Prefetches what comes next, in parts: one with each tile of a state, by where this one is.
+  /// Runs of headdim elements a token apart are too short for the hardware to foresee.
+  void prefetch_next(int64_t tile) const {
+    const int64_t first = next.token + kChunk * tile / layout.size();
+    const int64_t last = next.token + kChunk * (tile + kTileRows * kPanel<S>) / layout.size();
     for (const View<4>* tensor : next.tensors) {
       if (!tensor || !*tensor) continue;
-      for (int64_t t = first; t < last && t < item.end; ++t) {
+      for (int64_t t = first; t < last && t < task.end; ++t) {
         prefetch_row(rows(*tensor, next.head), t);
       }
     }
   }
 
-  /// The state after the chunk from the one before; null: from 0. Uses u up.
-  void advance(const S* before, S* after, int64_t stride) {
-    scale_rows(u, steps.to_end, u);
+  /// The state after the chunk from the one before; null: from 0.
+  void advance(const S* before, S* after) {
+    scale_rows(x, steps.d_to_end, u);
     for_each_tile<S>(p.dstate, p.headdim, [&](auto& tile, int64_t n, int64_t k) {
-      if (k == 0) prefetch_next(n);
-      if (after != before) prefetch_tile(after + (n + 4 * kTileRows) * stride + k, stride);
-      if (before) tile.add(steps.decay, before + n * stride + k, stride);
+      const int64_t at = layout.at(n, k);
+      prefetch_next(at);
+      if (after != before) prefetch_tile(after + at + 4 * kTileRows * kPanel<S>);
       tile.add_product(B[0] + n, 1, B.stride, u[0] + k, u.stride, chunk.count);
-      tile.store(after + n * stride + k, stride);
+      if (before) tile.add(steps.decay, before + at, kPanel<S>);
+      tile.store(after + at, kPanel<S>);
     });
   }
 
@@ -649,13 +713,13 @@ struct Scan {
     }
   }
 
-  /// Row h of the matrix is D of head item.head + h; zeros without D.
+  /// Row h of the matrix is D of head task.head + h; zeros without D.
   void load_D(Matrix<S>& D) const {
-    for (int64_t h = 0; h < item.heads; ++h) {
+    for (int64_t h = 0; h < task.heads; ++h) {
       for (int64_t k = 0; k < round_up(p.headdim, kLanes); ++k) {
         D[h][k] = p.D && k < p.headdim
                       ? load_as<S>(p.D.data, p.D.dtype,
-                                   (item.head + h) * p.D.stride[0] + k * p.D.stride[1])
+                                   (task.head + h) * p.D.stride[0] + k * p.D.stride[1])
                       : S(0);
       }
     }
@@ -667,122 +731,125 @@ struct Scan {
 template <class S>
 struct Forward : Scan<S> {
   using Base = Scan<S>;
-  using Base::chunk, Base::item, Base::p, Base::state_rows;
+  using Base::chunk, Base::layout, Base::p, Base::task;
 
-  Matrix<S> D;       // (head, headdim)
-  Matrix<S> states;  // (head and state, headdim)
-  Matrix<S> z;       // (token, headdim)
+  const int64_t most_heads;  // of a task
+  Matrix<S> D;               // (head, headdim)
+  Matrix<S> states;          // (head, state)
+  Matrix<S> z;               // (token, headdim)
 
-  Forward(const SsdChunkScanParams& params, int64_t heads)
+  Forward(const SsdChunkScanParams& params, const SsdChunkScanBlocks& blocks)
       : Base(params),
-        D(heads, p.headdim),
-        states(heads * state_rows(), p.headdim),
+        most_heads(heads_within(layout.count_in(kCachedBytes), blocks)),
+        D(most_heads, p.headdim),
+        states(most_heads, layout.size()),
         z(kChunk, p.headdim) {
     Base::next = {0, 0, {&p.x, &p.z, &p.out}};
   }
 
-  S* state(int64_t h) { return states[h * state_rows()]; }
-
-  void run(const Item& work) {
-    item = work;
+  void run(const Task& work) {
+    task = work;
     Base::load_D(D);
     int64_t initial;
-    bool from_zero = !initial_state_of(p, item.sequence, &initial);
-    for (int64_t h = 0; h < item.heads && !from_zero; ++h) {
-      load_state(p.initial_states, initial, item.head + h, p.headdim, p.dstate, state(h),
-                 states.stride);
+    bool from_zero = !initial_state_of(p, task.sequence, &initial);
+    for (int64_t h = 0; h < task.heads && !from_zero; ++h) {
+      load_state(p.initial_states, initial, task.head + h, layout, states[h]);
     }
-    for (int64_t begin = item.begin; begin < item.end; begin = chunk.end) {
+    for (int64_t begin = task.begin; begin < task.end; begin = chunk.end) {
       Base::load_chunk(begin);
       Base::load_C();
       from_zero |= chunk.resets;
-      for (int64_t h = 0; h < item.heads; ++h) {
+      for (int64_t h = 0; h < task.heads; ++h) {
         Base::plan(h, chunk.end);
         run_head(h, from_zero);
       }
       from_zero = false;
     }
-    for (int64_t h = 0; h < item.heads; ++h) {
-      store_state(p.final_states, item.sequence, item.head + h, p.headdim, p.dstate,
-                  from_zero ? nullptr : state(h), states.stride);
+    for (int64_t h = 0; h < task.heads; ++h) {
+      store_state(p.final_states, task.sequence, task.head + h, layout,
+                  from_zero ? nullptr : states[h]);
     }
   }
 
   void run_head(int64_t h, bool from_zero) {
-    const int64_t head = item.head + h;
-    S* const before = from_zero ? nullptr : state(h);
+    const int64_t head = task.head + h;
+    const S* const before = from_zero ? nullptr : states[h];
     Base::load_steps(head);
-    Base::load_inputs(head);
+    load_rows(Base::rows(p.x, head), chunk, Base::x);
     Base::mix_tokens();
-    Base::read_out(before, states.stride);
+    Base::read_out(before, D[h]);
     store_out(h);
-    Base::advance(before, state(h), states.stride);
+    Base::advance(before, states[h]);
   }
 
   void store_out(int64_t h) {
-    const TokenRows out = Base::rows(p.out, item.head + h);
-    if (p.z) load_rows(Base::rows(p.z, item.head + h), chunk, z);
+    const TokenRows out = Base::rows(p.out, task.head + h);
+    if (p.z) load_rows(Base::rows(p.z, task.head + h), chunk, z);
     for (int i = 0; i < chunk.count; ++i) {
       S* const y = Base::y[i];
-      for (int64_t k = 0; k < p.headdim; k += kLanes) {
-        const Vector<S> y_i = load(y + k) + load(D[h] + k) * load(Base::x[i] + k);
-        store(y + k, p.z ? y_i * silu(load(z[i] + k)) : y_i);
+      for (int64_t k = 0; k < p.headdim && p.z; k += kLanes) {
+        store(y + k, load(y + k) * silu(load(z[i] + k)));
       }
       store_row(out, chunk.tokens[i], y);
     }
-    for_each_padding(p, item, chunk, [&](int64_t t) { clear_row<S>(out, t); });
+    for_each_padding(p, task, chunk, [&](int64_t t) { clear_row<S>(out, t); });
   }
 };
 
 // ---- Backward
 
-/// Bytes of states that an item keeps at a time, unless it has so many that segments of a square
-/// root of them take more.
+/// Bytes of states that a task keeps at a time, unless one item has so many that segments of a
+/// square root of them take more.
 constexpr int64_t kKeptBytes = int64_t{16} << 20;
 
-/// Gradients of one item. Its chunks are divided into segments. The state before each segment is
+/// Gradients of a task. Its chunks are divided into segments. The state before each segment is
 /// computed first; then, from the last segment to the first, the states before its chunks, and the
 /// gradients of these in reverse.
 template <class S>
 struct Backward : Scan<S> {
   using Base = Scan<S>;
-  using Base::chunk, Base::item, Base::p, Base::padded, Base::state_rows, Base::steps;
+  using Base::chunk, Base::layout, Base::p, Base::padded, Base::steps, Base::task;
   using V = Vector<S>;
 
+  const SsdChunkScanBlocks blocks;
   const SsdChunkScanWorkspace at;
   S* const workspace;
-  int64_t segment;         // chunks of a segment
-  Matrix<int64_t> begins;  // (1, chunk)
-  Matrix<S> states;        // (slot and head and state, headdim): see slot_of
-  Matrix<S> dstates;       // (head and state, headdim): gradient of the state after, before a chunk
-  Matrix<S> D;             // (head, headdim)
-  Matrix<double> dD;       // (head, headdim)
+  const int64_t most_heads;     // of a task
+  const int64_t segment;        // chunks of a segment
+  Matrix<int64_t> begins;       // (1, chunk)
+  Matrix<S> states;             // (slot and head, state): see slot_of
+  Matrix<S> dstates;            // (head, state): gradient of the state after, before a chunk
+  Matrix<S> D;                  // (head, headdim)
+  Matrix<double> dD;            // (head, headdim)
   Matrix<double> dA, ddt_bias;  // (1, head)
   // Of a chunk.
   Matrix<S> Bt;                   // (state, token)
-  Matrix<S> dBt, dCt;             // (state, token): through the states, sum over the heads
-  Matrix<S> dBC;                  // (j, i): gradient of B_j . C_i, sum over the heads
+  Matrix<S> dBt, dCt;             // (state, token): through the states, sum over a block of heads
+  Matrix<S> dBC;                  // (j, i): gradient of B_j . C_i, sum over a block of heads
   Matrix<S> dtokens;              // (token, state): dB or dC
   const S* next_state = nullptr;  // the one that comes next, to be prefetched
   // Of a chunk of one head.
   Matrix<S> z, dy, du;  // (token, headdim); dz in place of z
-  Matrix<S> ut, dyt;    // (headdim, token)
+  Matrix<S> xt, dyt;    // (headdim, token)
   Matrix<S> pairs;      // (j, i): gradient of c_i - c_j
+  S dd[kChunk];         // gradient of d as factor of x
   S at_start[kChunk];   // gradient of c_i as exponent of Steps::from_start
   S at_end[kChunk];     // gradient of -c_j as exponent of Steps::to_end
 
-  Backward(const SsdChunkScanParams& params, int64_t heads, int64_t most_chunks, void* memory)
+  Backward(const SsdChunkScanParams& params, int64_t most_chunks, void* memory)
       : Base(params),
+        blocks(ssd_chunk_scan_bwd_blocks(params)),
         at(ssd_chunk_scan_bwd_layout(params)),
         workspace(static_cast<S*>(memory)),
-        segment(segment_of(params, heads, most_chunks)),
+        most_heads(heads_of(most_chunks)),
+        segment(segment_of(most_chunks)),
         begins(1, most_chunks),
-        states((ceil_div(most_chunks, segment) + segment) * heads * state_rows(), p.headdim),
-        dstates(heads * state_rows(), p.headdim),
-        D(heads, p.headdim),
-        dD(heads, p.headdim),
-        dA(1, heads),
-        ddt_bias(1, heads),
+        states((ceil_div(most_chunks, segment) + segment) * most_heads, layout.size()),
+        dstates(most_heads, layout.size()),
+        D(most_heads, p.headdim),
+        dD(most_heads, p.headdim),
+        dA(1, most_heads),
+        ddt_bias(1, most_heads),
         Bt(p.dstate, kChunk),
         dBt(p.dstate, kChunk),
         dCt(p.dstate, kChunk),
@@ -791,20 +858,23 @@ struct Backward : Scan<S> {
         z(kChunk, p.headdim),
         dy(kChunk, p.headdim),
         du(kChunk, p.headdim),
-        ut(p.headdim, kChunk),
+        xt(p.headdim, kChunk),
         dyt(p.headdim, kChunk),
         pairs(kChunk, kChunk) {}
 
-  static int64_t segment_of(const SsdChunkScanParams& p, int64_t heads, int64_t chunks) {
-    const int64_t bytes = heads * round_up(p.dstate, kTileRows) * round_up(p.headdim, kLanes) *
-                          static_cast<int64_t>(sizeof(S));
-    int64_t segment = bytes > 0 && chunks > kKeptBytes / bytes ? kKeptBytes / bytes : chunks;
-    while (segment * segment < chunks) ++segment;
-    return segment > 0 ? segment : 1;
+  /// As many heads as need no more than one segment.
+  int64_t heads_of(int64_t chunks) const {
+    const int64_t kept = layout.count_in(kKeptBytes) / most(1, chunks);
+    return heads_within(least(kept, layout.count_in(kCachedBytes)), blocks);
   }
 
-  S* state(int64_t slot, int64_t h) { return states[(slot * item.heads + h) * state_rows()]; }
-  S* dstate(int64_t h) { return dstates[h * state_rows()]; }
+  int64_t segment_of(int64_t chunks) const {
+    int64_t segment = least(chunks, layout.count_in(kKeptBytes) / most_heads);
+    while (segment * segment < chunks) ++segment;
+    return most(1, segment);
+  }
+
+  S* state(int64_t slot, int64_t h) { return states[slot * task.heads + h]; }
 
   /// Where the state before chunk c is. The first slots are for the first chunks of segments, the
   /// others for the other chunks of the segment at hand.
@@ -812,34 +882,32 @@ struct Backward : Scan<S> {
     return c % segment == 0 ? c / segment : segments + c % segment;
   }
 
-  void run(const Item& work) {
-    item = work;
+  void run(const Task& work) {
+    task = work;
     Base::load_D(D);
-    for (int64_t h = 0; h < item.heads; ++h) {
+    for (int64_t h = 0; h < task.heads; ++h) {
       dA[0][h] = ddt_bias[0][h] = 0;
       for (int64_t k = 0; k < p.headdim; ++k) dD[h][k] = 0;
     }
     int64_t chunks = 0;
-    for (int64_t begin = item.begin; begin < item.end; begin = chunk.end) {
-      chunk = chunk_at(p, item, begin);
+    for (int64_t begin = task.begin; begin < task.end; begin = chunk.end) {
+      chunk = chunk_at(p, task, begin);
       begins[0][chunks++] = begin;
     }
     const int64_t segments = ceil_div(chunks, segment);
     int64_t initial;
-    const bool has_initial = initial_state_of(p, item.sequence, &initial);
-    for (int64_t h = 0; h < item.heads && has_initial && chunks > 0; ++h) {
-      load_state(p.initial_states, initial, item.head + h, p.headdim, p.dstate, state(0, h),
-                 states.stride);
+    const bool has_initial = initial_state_of(p, task.sequence, &initial);
+    for (int64_t h = 0; h < task.heads && has_initial && chunks > 0; ++h) {
+      load_state(p.initial_states, initial, task.head + h, layout, state(0, h));
     }
     const auto from_zero = [&](int64_t c) { return chunk.resets || (c == 0 && !has_initial); };
     const auto advance = [&](int64_t c, int64_t slot_before, int64_t slot_after) {
       Base::load_chunk(begins[0][c]);
-      for (int64_t h = 0; h < item.heads; ++h) {
+      for (int64_t h = 0; h < task.heads; ++h) {
         Base::plan(h, chunk.end);
-        Base::load_steps(item.head + h);
-        Base::load_inputs(item.head + h);
-        Base::advance(from_zero(c) ? nullptr : state(slot_before, h), state(slot_after, h),
-                      states.stride);
+        Base::load_steps(task.head + h);
+        load_rows(Base::rows(p.x, task.head + h), chunk, Base::x);
+        Base::advance(from_zero(c) ? nullptr : state(slot_before, h), state(slot_after, h));
       }
     };
     Base::next = {0, 0, {&p.x}};
@@ -848,9 +916,8 @@ struct Backward : Scan<S> {
     }
 
     bool no_gradient = !p.dfinal_states;  // the gradient of the state after the chunk is 0
-    for (int64_t h = 0; h < item.heads && !no_gradient; ++h) {
-      load_state(p.dfinal_states, item.sequence, item.head + h, p.headdim, p.dstate, dstate(h),
-                 dstates.stride);
+    for (int64_t h = 0; h < task.heads && !no_gradient; ++h) {
+      load_state(p.dfinal_states, task.sequence, task.head + h, layout, dstates[h]);
     }
     for (int64_t s = segments; s-- > 0;) {
       const int64_t end = least((s + 1) * segment, chunks);
@@ -861,19 +928,20 @@ struct Backward : Scan<S> {
       Base::next = {0, 0, {&p.x, &p.dout, &p.dx, &p.z, &p.dz}};
       for (int64_t c = end; c-- > s * segment;) {
         load_chunk(begins[0][c]);
-        for (int64_t h = 0; h < item.heads; ++h) {
-          Base::plan(h, c > 0 ? begins[0][c - 1] : item.end);
-          next_state = h + 1 < item.heads ? state(slot_of(c, segments), h + 1)
+        for (int64_t h = 0; h < task.heads; ++h) {
+          if (h % blocks.block == 0) clear_sums();
+          Base::plan(h, c > 0 ? begins[0][c - 1] : task.end);
+          next_state = h + 1 < task.heads ? state(slot_of(c, segments), h + 1)
                        : c > s * segment  ? state(slot_of(c - 1, segments), 0)
                                           : nullptr;
           run_head(h, from_zero(c) ? nullptr : state(slot_of(c, segments), h),
-                   no_gradient ? nullptr : dstate(h));
+                   no_gradient ? nullptr : dstates[h]);
+          if ((h + 1) % blocks.block == 0 || h + 1 == task.heads) store_sums(h / blocks.block);
         }
-        store_chunk();
         no_gradient = chunk.resets;
       }
     }
-    store_item(has_initial, initial, no_gradient);
+    store_task(has_initial, initial, no_gradient);
   }
 
   void load_chunk(int64_t begin) {
@@ -883,52 +951,61 @@ struct Backward : Scan<S> {
   }
 
   /// state, dstate: of the state before the chunk, and the gradient of the one after; null: 0.
-  void run_head(int64_t h, const S* state, S* dstate) {
-    const int64_t head = item.head + h;
+  void run_head(int64_t h, const S* state, const S* dstate) {
+    const int64_t head = task.head + h;
     Base::load_steps(head);
-    Base::load_inputs(head);
+    load_rows(Base::rows(p.x, head), chunk, Base::x);
+    transpose_matrix(Base::x, chunk.count, p.headdim, xt);
     Base::mix_tokens();
     load_dy(h, state);
-    transpose_matrix(Base::u, chunk.count, p.headdim, ut);
     transpose_matrix(dy, chunk.count, p.headdim, dyt);
-    pair_gradients(h == 0);
+    pair_gradients();
     input_gradients(dstate);
-    const S product = state && dstate ? inner_product(state, dstate) : S(0);
-    state_gradients(h == 0, state, dyt, steps.from_start, Base::Ct, dCt, at_start);
-    state_gradients(h == 0, dstate, ut, steps.to_end, Bt, dBt, at_end);
-    store_inputs(h, steps.decay * product);
-    if (!chunk.resets) retreat(dstate, this->dstate(h));
+    store_inputs(h);
+    state_gradients(state, dyt, steps.from_start, Base::Ct, dCt, at_start);
+    state_gradients(dstate, xt, steps.d_to_end, Bt, dBt, at_end);
+    store_steps(h, chunk.resets ? S(0) : retreat(state, dstate, dstates[h]));
   }
 
   /// dy; with z also dz, from y.
   void load_dy(int64_t h, const S* state) {
-    const int64_t head = item.head + h;
+    const int64_t head = task.head + h;
     load_rows(Base::rows(p.dout, head), chunk, dy);
     if (!p.z) return;
     load_rows(Base::rows(p.z, head), chunk, z);
-    Base::read_out(state, states.stride);
+    Base::read_out(state, D[h]);
     const TokenRows dz = Base::rows(p.dz, head);
     for (int i = 0; i < chunk.count; ++i) {
       for (int64_t k = 0; k < p.headdim; k += kLanes) {
-        const V y_i = load(Base::y[i] + k) + load(D[h] + k) * load(Base::x[i] + k);
-        const V dout_i = load(dy[i] + k), z_i = load(z[i] + k);
+        const V y_i = load(Base::y[i] + k), dout_i = load(dy[i] + k), z_i = load(z[i] + k);
         store(dy[i] + k, dout_i * silu(z_i));
         store(z[i] + k, dout_i * y_i * silu_slope(z_i));
       }
       store_row(dz, chunk.tokens[i], z[i]);
     }
-    for_each_padding(p, item, chunk, [&](int64_t t) { clear_row<S>(dz, t); });
+    for_each_padding(p, task, chunk, [&](int64_t t) { clear_row<S>(dz, t); });
+  }
+
+  /// Starts the sums over the heads of a block.
+  void clear_sums() {
+    for (int64_t n = 0; n < layout.rows(); ++n) {
+      for (int64_t i = 0; i < padded; ++i) dBt[n][i] = dCt[n][i] = S(0);
+    }
+    for (int64_t j = 0; j < padded; ++j) {
+      for (int64_t i = 0; i < padded; ++i) dBC[j][i] = S(0);
+    }
   }
 
   /// Gradients of decay and BC, whose product is mix.
-  void pair_gradients(bool first) {
-    for_each_tile<S>(chunk.count, padded, [&](auto& tile, int64_t j, int64_t i) {
-      tile.add_product(Base::u[j], Base::u.stride, 1, dyt[0] + i, dyt.stride, p.headdim);
+  void pair_gradients() {
+    for_each_causal_tile<S>(chunk.count, [&](auto& tile, int64_t j, int64_t i) {
+      tile.add_product(Base::x[j], Base::x.stride, 1, dyt[0] + i, dyt.stride, p.headdim);
+      tile.scale_rows(steps.d + j);
       auto dBC_tile = tile;
       tile.multiply(Base::mix[j] + i, Base::mix.stride);
       tile.store(pairs[j] + i, pairs.stride);
       dBC_tile.multiply(Base::decay[j] + i, Base::decay.stride);
-      if (!first) dBC_tile.add(S(1), dBC[j] + i, dBC.stride);
+      dBC_tile.add(S(1), dBC[j] + i, dBC.stride);
       dBC_tile.store(dBC[j] + i, dBC.stride);
     });
   }
@@ -937,7 +1014,8 @@ struct Backward : Scan<S> {
   void input_gradients(const S* dstate) {
     for_each_tile<S>(chunk.count, p.headdim, [&](auto& tile, int64_t j, int64_t k) {
       if (dstate) {
-        tile.add_product(Base::B[j], Base::B.stride, 1, dstate + k, dstates.stride, p.dstate);
+        tile.add_product(Base::B[j], Base::B.stride, 1, dstate + layout.at(0, k), kPanel<S>,
+                         p.dstate);
         tile.scale_rows(steps.to_end + j);
       }
       tile.add_product(Base::mix[j] + j, Base::mix.stride, 1, dy[j] + k, dy.stride,
@@ -948,32 +1026,22 @@ struct Backward : Scan<S> {
 
   /// Tokens couple to a state through Mt: adds factors_i state tokens_i to gradient column i, and
   /// leaves its product with column i of Mt, the gradient of the factor's exponent, in dexponent.
-  void state_gradients(bool first, const S* state, const Matrix<S>& tokens, const S* factors,
+  void state_gradients(const S* state, const Matrix<S>& tokens, const S* factors,
                        const Matrix<S>& Mt, Matrix<S>& gradient, S* dexponent) {
     for (int i = 0; i < padded; ++i) dexponent[i] = S(0);
-    if (!state && !first) return;
+    if (!state) return;
     for_each_tile<S>(p.dstate, padded, [&](auto& tile, int64_t n, int64_t i) {
-      if (!state) return tile.store(gradient[n] + i, gradient.stride);
-      tile.add_product(state + n * states.stride, states.stride, 1, tokens[0] + i, tokens.stride,
-                       p.headdim);
-      tile.scale_columns(factors + i);
+      for (int64_t k = 0; k < p.headdim; k += kPanel<S>) {
+        tile.add_product(state + layout.at(n, k), kPanel<S>, 1, tokens[k] + i, tokens.stride,
+                         least(kPanel<S>, p.headdim - k));
+      }
       tile.add_column_products(Mt[n] + i, Mt.stride, dexponent + i);
-      if (!first) tile.add(S(1), gradient[n] + i, gradient.stride);
+      tile.update([&](auto sum, int r, int c) {
+        return tile.load_vector(factors + i + c) * sum + tile.load_vector(gradient[n + r] + i + c);
+      });
       tile.store(gradient[n] + i, gradient.stride);
     });
-  }
-
-  /// Of two states.
-  S inner_product(const S* a, const S* b) const {
-    V sum = {};
-    for (int64_t n = 0; n < p.dstate; ++n) {
-      for (int64_t k = 0; k < p.headdim; k += kLanes) {
-        sum = load(a + n * states.stride + k) * load(b + n * states.stride + k) + sum;
-      }
-    }
-    S total = 0;
-    for (int i = 0; i < kLanes; ++i) total += sum[i];
-    return total;
+    for (int i = 0; i < padded; ++i) dexponent[i] *= factors[i];
   }
 
   /// Element s: the sum of pairs (j, i) with j < s <= i, to which the step into token s belongs.
@@ -992,12 +1060,9 @@ struct Backward : Scan<S> {
     }
   }
 
-  /// dx, ddt and the sums over time. ddecay: the gradient of the exponent of Steps::decay, in which
-  /// the d A of all tokens are.
-  void store_inputs(int64_t h, S ddecay) {
-    const int64_t head = item.head + h;
-    const TokenRows dx = Base::rows(p.dx, head);
-    alignas(64) S dd[kChunk], dstep_pairs[kChunk];
+  /// dx, and the sums of products with x: dd over the channels, dD over time.
+  void store_inputs(int64_t h) {
+    const TokenRows dx = Base::rows(p.dx, task.head + h);
     V rows[kLanes];
     for (int i = 0; i < padded; ++i) {
       V sum = {};
@@ -1015,10 +1080,17 @@ struct Backward : Scan<S> {
       for (int i = 0; i < chunk.count; ++i) sum = load(dy[i] + k) * load(Base::x[i] + k) + sum;
       for (int lane = 0; lane < kLanes; ++lane) dD[h][k + lane] += sum[lane];
     }
+    for_each_padding(p, task, chunk, [&](int64_t t) { clear_row<S>(dx, t); });
+  }
 
+  /// ddt and its sums over time. ddecay: the gradient of the exponent of Steps::decay, in which
+  /// the d A of all tokens are.
+  void store_steps(int64_t h, S ddecay) {
+    const int64_t head = task.head + h;
+    alignas(64) S dstep_pairs[kChunk];
     sum_pairs(dstep_pairs);
     const double A = load_as<double>(p.A.data, p.A.dtype, head * p.A.stride[0]);
-    const int64_t offset = item.b * p.ddt.stride[0] + head * p.ddt.stride[2];
+    const int64_t offset = task.b * p.ddt.stride[0] + head * p.ddt.stride[2];
     const auto store_ddt = [&](int64_t t, double x) {
       store_as(p.ddt.data, p.ddt.dtype, offset + t * p.ddt.stride[1], x);
     };
@@ -1036,26 +1108,33 @@ struct Backward : Scan<S> {
       dA[0][h] += steps.d[i] * dstep[i];
       ddt_bias[0][h] += ddt;
     }
-    for_each_padding(p, item, chunk, [&](int64_t t) {
-      clear_row<S>(dx, t);
-      store_ddt(t, 0);
-    });
+    for_each_padding(p, task, chunk, [&](int64_t t) { store_ddt(t, 0); });
   }
 
-  /// The gradient of the state before the chunk from that of the one after. Uses dy up.
-  void retreat(const S* after, S* before) {
-    Base::scale_rows(dy, steps.from_start, dy);
+  /// The gradient of the state before the chunk, from that of the one after (null: 0). Returns the
+  /// gradient of the exponent of Steps::decay.
+  S retreat(const S* state, const S* after, S* before) {
+    Base::scale_rows(dy, steps.from_start, Base::u);
+    Native<S> product = {};
     for_each_tile<S>(p.dstate, p.headdim, [&](auto& tile, int64_t n, int64_t k) {
-      if (k == 0) Base::prefetch_next(n);
-      if (next_state) prefetch_tile(next_state + n * states.stride + k, states.stride);
-      if (after) tile.add(steps.decay, after + n * dstates.stride + k, dstates.stride);
-      tile.add_product(Base::C[0] + n, 1, Base::C.stride, dy[0] + k, dy.stride, chunk.count);
-      tile.store(before + n * dstates.stride + k, dstates.stride);
+      const int64_t at = layout.at(n, k);
+      Base::prefetch_next(at);
+      if (next_state) prefetch_tile(next_state + at);
+      tile.add_product(Base::C[0] + n, 1, Base::C.stride, Base::u[0] + k, Base::u.stride,
+                       chunk.count);
+      if (after) {
+        tile.add(steps.decay, after + at, kPanel<S>);
+        if (state) product += tile.inner_product(state + at, after + at, kPanel<S>);
+      }
+      tile.store(before + at, kPanel<S>);
     });
+    S total = 0;
+    for (int i = 0; i < kNativeLanes<S>; ++i) total += product[i];
+    return steps.decay * total;
   }
 
-  /// The partial sums of dB and dC of the chunk's tokens.
-  void store_chunk() {
+  /// The partial sums of dB and dC of the chunk's tokens over a block of the task's heads.
+  void store_sums(int64_t block) {
     transpose_matrix(dCt, p.dstate, padded, dtokens);
     for_each_tile<S>(chunk.count, p.dstate, [&](auto& tile, int64_t i, int64_t n) {
       tile.add(S(1), dtokens[i] + n, dtokens.stride);
@@ -1063,40 +1142,37 @@ struct Backward : Scan<S> {
                        least(i + kTileRows, chunk.count));
       tile.store(dtokens[i] + n, dtokens.stride);
     });
-    store_partial_sums(at.dC);
+    store_partial_sums(block, at.dC);
     transpose_matrix(dBt, p.dstate, padded, dtokens);
     for_each_tile<S>(chunk.count, p.dstate, [&](auto& tile, int64_t j, int64_t n) {
       tile.add(S(1), dtokens[j] + n, dtokens.stride);
       tile.add_product(dBC[j] + j, dBC.stride, 1, Base::C[j] + n, Base::C.stride, chunk.count - j);
       tile.store(dtokens[j] + n, dtokens.stride);
     });
-    store_partial_sums(at.dB);
+    store_partial_sums(block, at.dB);
   }
 
-  void store_partial_sums(int64_t sums) const {
-    const SsdChunkScanBlocks blocks = ssd_chunk_scan_bwd_blocks(p);
-    const int64_t block =
-        item.group * blocks.per_group + (item.head - item.group * blocks.group) / blocks.block;
-    S* const rows = workspace + sums + (item.b * blocks.per_sequence + block) * p.seqlen * p.dstate;
+  void store_partial_sums(int64_t block, int64_t sums) const {
+    block += task.group * blocks.per_group + (task.head - task.group * blocks.group) / blocks.block;
+    S* const rows = workspace + sums + (task.b * blocks.per_sequence + block) * p.seqlen * p.dstate;
     const size_t bytes = static_cast<size_t>(p.dstate) * sizeof(S);
     for (int i = 0; i < chunk.count; ++i) {
       std::memcpy(rows + chunk.tokens[i] * p.dstate, dtokens[i], bytes);
     }
-    for_each_padding(p, item, chunk,
+    for_each_padding(p, task, chunk,
                      [&](int64_t t) { std::memset(rows + t * p.dstate, 0, bytes); });
   }
 
-  void store_item(bool has_initial, int64_t initial, bool no_gradient) {
-    for (int64_t h = 0; h < item.heads; ++h) {
-      const int64_t head = item.head + h, row = item.sequence * p.nheads + head;
+  void store_task(bool has_initial, int64_t initial, bool no_gradient) {
+    for (int64_t h = 0; h < task.heads; ++h) {
+      const int64_t head = task.head + h, row = task.sequence * p.nheads + head;
       workspace[at.dA + row] = static_cast<S>(dA[0][h]);
       workspace[at.ddt_bias + row] = static_cast<S>(ddt_bias[0][h]);
       for (int64_t k = 0; k < p.headdim && p.dD; ++k) {
         workspace[at.dD + row * p.headdim + k] = static_cast<S>(dD[h][k]);
       }
       if (has_initial && p.dinitial_states) {
-        store_state(p.dinitial_states, initial, head, p.headdim, p.dstate,
-                    no_gradient ? nullptr : dstate(h), dstates.stride);
+        store_state(p.dinitial_states, initial, head, layout, no_gradient ? nullptr : dstates[h]);
       }
     }
   }
@@ -1163,8 +1239,11 @@ void with_type(const SsdChunkScanParams& p, F f) {
 void ssd_chunk_scan_fwd_cpu(const SsdChunkScanParams& p, int64_t begin, int64_t end) noexcept {
   const SsdChunkScanBlocks blocks = ssd_chunk_scan_fwd_blocks(p);
   with_type(p, [&](auto type) {
-    Forward<decltype(type)> forward(p, blocks.block);
-    for (int64_t i = begin; i < end; ++i) forward.run(item_of(p, blocks, i));
+    Forward<decltype(type)> forward(p, blocks);
+    for (Task task; begin < end; begin += task.items) {
+      task = task_of(p, blocks, begin, end, forward.most_heads);
+      forward.run(task);
+    }
   });
 }
 
@@ -1173,12 +1252,15 @@ void ssd_chunk_scan_bwd_cpu(const SsdChunkScanParams& p, void* workspace, int64_
   const SsdChunkScanBlocks blocks = ssd_chunk_scan_bwd_blocks(p);
   int64_t most_chunks = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t chunks = count_chunks(p, item_of(p, blocks, i));
+    const int64_t chunks = count_chunks(p, task_of(p, blocks, i, end, blocks.block));
     if (chunks > most_chunks) most_chunks = chunks;
   }
   with_type(p, [&](auto type) {
-    Backward<decltype(type)> backward(p, blocks.block, most_chunks, workspace);
-    for (int64_t i = begin; i < end; ++i) backward.run(item_of(p, blocks, i));
+    Backward<decltype(type)> backward(p, most_chunks, workspace);
+    for (Task task; begin < end; begin += task.items) {
+      task = task_of(p, blocks, begin, end, backward.most_heads);
+      backward.run(task);
+    }
   });
 }
 

@@ -6,8 +6,9 @@
 
 namespace mamba_ssm::kernels {
 
-/// A work item is one sequence and one block of heads, all of one group of B and C: what depends
-/// on B and C alone is computed once for the block.
+/// A work item is one sequence and one block of heads, all of one group of B and C. Items of a
+/// range that have these in common are done together, so that what depends on B and C alone is
+/// computed once; the results are the same bits as one by one.
 struct SsdChunkScanBlocks {
   int64_t group;         // heads of a group
   int64_t block;         // heads of a block; the last one of a group may have fewer
