@@ -45,7 +45,7 @@ def plain(op, arguments, differentiable=(), cotangents=None, truth=None):
     truth = truth or exact(op, arguments, differentiable, cotangents)
     outcomes = []
     for seed in range(8):
-        inner = {"products": Products(arguments["x"].dtype, seed)}
+        inner = {"products": Products(arguments[PRODUCTS[op]].dtype, seed)}
         outcomes.append(_evaluate(op, arguments, differentiable, cotangents, inside, True, inner))
     return Outcome(
         *(
@@ -67,18 +67,36 @@ class Products:
         self.dtype = dtype
         self.seed = seed
 
+    def _chance(self, value):
+        """A number in [-1, 1) for each element: a hash of its digits."""
+        digits = (value.float().view(torch.int32).long() + self.seed * 0x9E3779B1) % 2**32
+        for _ in range(2):
+            digits = (digits ^ digits >> 16) * 0x45D9F3B % 2**32
+        return digits / 2**31 - 1
+
     def _moved(self, value):
         value = value.detach()
-        digits = (value.float().view(torch.int32).long() + self.seed * 0x9E3779B1) % 2**32
-        for _ in range(2):  # a hash
-            digits = (digits ^ digits >> 16) * 0x45D9F3B % 2**32
+        info = torch.finfo(self.dtype)
         _, exponent = torch.frexp(value)
-        ulp = torch.ldexp(torch.full_like(value, torch.finfo(self.dtype).eps), exponent - 1)
-        return value + torch.where(value == 0, 0, ulp * (digits / 2**31 - 1))
+        ulp = torch.ldexp(torch.full_like(value, info.eps), exponent - 1)
+        ulp = ulp.clamp_min(info.smallest_normal * info.eps)
+        return value + torch.where(value == 0, 0, ulp * self._chance(value))
 
     def operand(self, value):
         """Moved, and so is its gradient."""
         return self.gradient_operand(value + (self._moved(value) - value.detach()))
+
+    def log_decays(self, value):
+        """(seqlen, nheads). A gradient is what float32 leaves of sums over pairs that cancel."""
+
+        def moved(gradient):
+            size = gradient.abs().amax(0, keepdim=True) * 2**-20
+            return gradient + size * self._chance(gradient)
+
+        value = value + 0
+        if value.requires_grad and len(value) > 0:
+            value.register_hook(moved)
+        return value
 
     def gradient_operand(self, value):
         """Itself, but its gradient is moved."""
@@ -99,10 +117,8 @@ def _worst(truth, values):
 
 def products_eps(op, arguments):
     """The eps of the operands of matrix products, where they have fewer digits than the sums."""
-    x = arguments.get("x")
-    if op != "ssd_chunk_scan" or not x.is_cuda or x.dtype.itemsize != 2:
-        return 0
-    return torch.finfo(x.dtype).eps
+    x = arguments[PRODUCTS[op]] if op in PRODUCTS else None
+    return torch.finfo(x.dtype).eps if x is not None and x.is_cuda and x.dtype.itemsize == 2 else 0
 
 
 def blurred(op, arguments, differentiable=(), cotangents=None):
@@ -430,8 +446,11 @@ def selective_scan(
 def _heads(h, x, d, A, B, C, products=None):
     """h (nheads, headdim, dstate) and one list of tokens -> [y (nheads, headdim)], last h."""
     y = []
-    for t, (x_t, d_t, B_t, C_t) in enumerate(zip(x, d, B, C)):
-        decay = torch.exp(d_t * A)[:, None, None]
+    logs = d * A
+    if products is not None:
+        logs = products.log_decays(logs)
+    for t, (x_t, d_t, log_t, B_t, C_t) in enumerate(zip(x, d, logs, B, C)):
+        decay = torch.exp(log_t)[:, None, None]
         added = d_t[:, None] * x_t
         if products is None:
             h = decay * h + added[:, :, None] * B_t[:, None, :]
@@ -713,6 +732,7 @@ def mamba2_inner(
     dt_min=0.0,
     dt_max=None,
     hand_on=lambda tensor: tensor,
+    products=None,
 ):
     """`hand_on` is what happens to the result of a part on its way to the next."""
     batch, seqlen, columns = zxbcdt.shape
@@ -749,6 +769,7 @@ def mamba2_inner(
         dt_softplus=True,
         dt_min=dt_min,
         dt_max=dt_max,
+        products=products,
     )
     y = hand_on(results["out"].reshape(batch, seqlen, dim))
     if norm_weight is not None:
@@ -761,7 +782,9 @@ def mamba2_inner(
     return {"out": y, "final_states": results["final_states"]}
 
 
-COMPOSITES = {"mamba_inner": "xz", "mamba2_inner": "zxbcdt"}  # and what says their type
+# And what says their type: operations whose parts hand on results, and those made of products.
+COMPOSITES = {"mamba_inner": "xz", "mamba2_inner": "zxbcdt"}
+PRODUCTS = {"ssd_chunk_scan": "x", "mamba2_inner": "zxbcdt"}
 REFERENCES = {
     "causal_conv1d": causal_conv1d,
     "causal_conv1d_update": causal_conv1d_update,

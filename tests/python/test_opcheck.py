@@ -335,7 +335,8 @@ PLAIN = {"D", "z", "delta_bias", "dt_bias", "initial_state", "initial_states", "
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_out(op, layout, plain, dtype, device):
-    """Results of any strides get the bits of fresh ones, and nothing around them is touched."""
+    """Results of any strides get the bits of fresh ones, and nothing around them is touched. On a
+    GPU other kernels serve other strides, and add in another order."""
     call, arguments = _plain_arguments(dataclasses.replace(OUT[op], dtype=dtype), device)
     if plain:
         arguments = {n: None if n in PLAIN else value for n, value in arguments.items()}
@@ -354,7 +355,13 @@ def test_out(op, layout, plain, dtype, device):
     into = getattr(torch.ops.mamba_ssm, op).default
     assert into(**arguments, **placed) is None
     for name, value in fresh.items():
-        assert poison.same_bits(placed[name], value), name
+        if device == "cpu" or layout == "contiguous":
+            assert poison.same_bits(placed[name], value), name
+        tolerance = {
+            "rtol": 0,
+            "atol": 16 * torch.finfo(value.dtype).eps * value.abs().max().item(),
+        }
+        torch.testing.assert_close(placed[name], value, **tolerance)
     arena.check(mutable=tuple(fresh))
     if dtype == torch.float32:
         own = {name: _own(value) for name, value in placed.items()}
