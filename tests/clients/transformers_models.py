@@ -69,7 +69,7 @@ _ODD_HYBRID_1 = dict(hidden_size=18, mamba_d_state=5, mamba_d_conv=3, mamba_dt_r
 _HYBRID_2 = dict(hidden_size=16, num_hidden_layers=2, mamba_n_heads=4, mamba_d_state=8)
 _HYBRID_2 |= dict(mamba_chunk_size=4, **_ATTENTION)
 _ODD_HYBRID_2 = dict(hidden_size=14, mamba_n_heads=4, mamba_d_state=5, mamba_d_conv=3)
-_ODD_HYBRID_2 |= dict(mamba_chunk_size=5)
+_ODD_HYBRID_2 |= dict(mamba_chunk_size=5, time_step_limit=(0.2, 1.5))
 _LINEAR = dict(hidden_size=16, num_hidden_layers=2, head_dim=8, **_ATTENTION)
 _LINEAR |= dict(layer_types=["linear_attention", "full_attention"])
 _LINEAR |= dict(linear_num_key_heads=2, linear_num_value_heads=4)
@@ -100,7 +100,8 @@ FAMILIES = {
     "mamba2": _family(
         dict(hidden_size=16, num_heads=4, head_dim=8, state_size=8, num_hidden_layers=2)
         | dict(n_groups=1, chunk_size=4),
-        dict(hidden_size=14, head_dim=7, state_size=5, conv_kernel=3, chunk_size=5, use_bias=True),
+        dict(hidden_size=14, head_dim=7, state_size=5, conv_kernel=3, chunk_size=5, use_bias=True)
+        | dict(time_step_limit=[0.2, 1.5]),
         "mamba2",
         "sequence",
     ),
@@ -133,7 +134,7 @@ FAMILIES = {
     "falcon_h1": _family(
         _HYBRID_2 | dict(mamba_d_ssm=32, mamba_d_head=8, mamba_n_groups=2, head_dim=8),
         dict(hidden_size=14, mamba_d_ssm=28, mamba_d_head=7, mamba_d_state=5, mamba_d_conv=3)
-        | dict(mamba_chunk_size=5, mamba_proj_bias=True),
+        | dict(mamba_chunk_size=5, mamba_proj_bias=True, time_step_limit=(0.2, 1.5)),
         "mamba2",
         "sequence",
     ),
@@ -303,17 +304,17 @@ def decode(model):
 
 @torch.no_grad()
 def chunks(model):
-    """A prompt in two chunks, then one token."""
-    return {"logits": _pieces(model.eval(), _tokens(2, 11, model.device), [6, 4, 1])}
+    """A prompt in two chunks, then two single tokens."""
+    return {"logits": _pieces(model.eval(), _tokens(2, 12, model.device), [6, 4, 1, 1])}
 
 
 @torch.no_grad()
 def short(model):
-    """Prompts of 1, 2 and 3 tokens, shorter than the convolution, then one token."""
+    """Prompts of 1, 2 and 3 tokens, shorter than the convolution, then two single tokens."""
     model.eval()
     lengths = (1, 2, 3)
     return {
-        f"logits after {n}": _pieces(model, _tokens(2, n + 1, model.device), [n, 1])
+        f"logits after {n}": _pieces(model, _tokens(2, n + 2, model.device), [n, 1, 1])
         for n in lengths
     }
 
@@ -349,15 +350,15 @@ def packed(model, alone=False):
             full_attention=mask[None, None].to(model.device), linear_attention=None
         )
 
-    def logits():
+    def call(tokens, **where):
         if model.config.model_type == "mamba2":  # its language model keeps seq_idx to itself
-            call = lambda tokens, **rest: model.backbone(tokens, **rest)[0]  # noqa: E731
-        else:
-            call = lambda tokens, **rest: model(tokens, **rest).logits  # noqa: E731
+            return model.backbone(tokens, use_cache=False, **where)[0]
+        return model(tokens, use_cache=False, **where).logits
+
+    def logits():
         if not alone:
-            return call(tokens, use_cache=False, **where)
-        pieces = tokens.split(SEGMENTS, dim=1)
-        return torch.cat([call(piece, use_cache=False) for piece in pieces], dim=1)
+            return call(tokens, **where)
+        return torch.cat([call(piece) for piece in tokens.split(SEGMENTS, dim=1)], dim=1)
 
     model.eval()
     results = {"logits in eval mode": logits().detach()}
