@@ -1,8 +1,8 @@
 """Models of Hugging Face transformers give its plain PyTorch path's answers over our packages.
 
-transformers takes an installed `mamba_ssm` and `causal_conv1d` on every device, CPU included, when a
-model's file is imported, and falls back without an error. So each test also counts the calls of our
-operations.
+transformers takes an installed `mamba_ssm` and `causal_conv1d` on every device, CPU included, when
+a model's file is imported, and falls back without an error. So each test also counts the calls of
+our operations.
 """
 
 import collections
@@ -96,8 +96,8 @@ def reference(request):
 
 
 @pytest.mark.parametrize("name, cell, odd, dtype", list(_questions()))
-def test_answers(reference, record_property, device, name, cell, odd, dtype):
-    record_property("matrix", f"{name} {cell}")
+def test_answers(reference, count_in_matrix, device, name, cell, odd, dtype):
+    count_in_matrix(name, cell)
     with Watch() as watch:
         answers = models.ask(name, cell, odd, dtype, device)
     assert watch.calls.keys() == _expected_calls(name, cell)
@@ -105,8 +105,8 @@ def test_answers(reference, record_property, device, name, cell, odd, dtype):
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
-def test_planted_errors_are_found(reference, record_property, device, name):
-    record_property("matrix", f"{name} planted")
+def test_planted_errors_are_found(reference, count_in_matrix, device, name):
+    count_in_matrix(name, "planted")
     for cell in ("evaluate", "train", "decode"):
         question = (name, cell, False, torch.float32, device)
         for operation in _expected_calls(name, cell):
@@ -130,8 +130,8 @@ class _Compiler:
 
 @pytest.mark.parametrize("cell", ["train", "decode"])
 @pytest.mark.parametrize("name", FULLGRAPH)
-def test_compiles_to_one_graph(reference, record_property, device, name, cell):
-    record_property("matrix", f"{name} compiled-{cell}")
+def test_compiles_to_one_graph(reference, count_in_matrix, device, name, cell):
+    count_in_matrix(name, f"compiled-{cell}")
     torch._dynamo.reset()
     # The backward of the delta rule fails in aot_eager with a stride of softplus_backward, also
     # on transformers' plain path.
@@ -149,13 +149,13 @@ def test_who_claims_full_graphs():
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
-def test_checkpoint_converts(record_property, tmp_path, device, name):
+def test_checkpoint_converts(count_in_matrix, tmp_path, device, name):
     """transformers' conversion of our checkpoints: weights by name, sizes from config.json.
 
     Its scripts are not installed with it. They take pytorch_model.bin as torch.save writes it, with
     both names of a tied matrix, and let the model's load hook rename the embedding.
     """
-    record_property("matrix", f"{name} checkpoint")
+    count_in_matrix(name, "checkpoint")
     from mamba_ssm.models.config_mamba import MambaConfig
 
     layer = {"mamba": "Mamba1", "mamba2": "Mamba2"}[name]

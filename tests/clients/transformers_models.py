@@ -1,7 +1,8 @@
 """Tiny models of Hugging Face transformers, and what the tests ask of them.
 
-The same questions are put to a model in two processes: in the tests' own, where transformers finds
-our packages, and in `Reference`, where they are hidden and transformers runs its plain PyTorch path.
+The same questions are put to a model in two processes: in the tests' own, where transformers
+finds our packages, and in `Reference`, where they are hidden and transformers runs its plain
+PyTorch path.
 """
 
 import concurrent.futures
