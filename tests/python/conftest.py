@@ -1,22 +1,12 @@
-"""Options, devices and the closing summary of the Python tests."""
+"""Options and the closing summary of the Python tests."""
 
 import collections
-import os
-import pathlib
 import statistics
-import sys
 
-# Read when torch loads OpenMP: threads that wait sleep, so that small operations stay fast on a
-# machine that has other things to do.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import pytest
+from harness import compare, fuzz
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-import mamba_ssm  # noqa: E402, F401  registers the operations
-from harness import compare, fuzz  # noqa: E402
+import mamba_ssm  # noqa: F401  registers the operations
 
 _fuzzed = collections.Counter()
 _left_out = collections.Counter()
@@ -34,13 +24,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "full: large or slow, run with --full")
 
 
-def devices():
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
 def pytest_generate_tests(metafunc):
-    if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", devices())
     if "fuzz_number" in metafunc.fixturenames:
         only = metafunc.config.getoption("--fuzz-only")
         numbers = range(metafunc.config.getoption("--fuzz-cases")) if only is None else [only]
@@ -55,20 +39,6 @@ def pytest_collection_modifyitems(config, items):
         _left_out[item.location[0].rsplit("/", 1)[-1]] += 1
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not item.get_closest_marker("full")]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _device_survives(request):
-    """A CUDA error belongs to the test that caused it."""
-    yield
-    callspec = getattr(request.node, "callspec", None)
-    if callspec and callspec.params.get("device") == "cuda":
-        torch.cuda.synchronize()
 
 
 @pytest.fixture
