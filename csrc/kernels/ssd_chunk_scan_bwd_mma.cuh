@@ -14,7 +14,8 @@
 //                      dCB = sum over heads of G o L o d          (columns j by d_j)
 //                      dC  = sum over heads of entering dy S  + dCB B
 //                      dB  = sum over heads of leaving d x dS + dCB^T C
-//                    With W = G o L o d o (C B^T), the decays get: later_i = row sums - column sums
+//                    With W = G o L o d o (C B^T) off the diagonal, where tokens decay, the decays get:
+//                    later_i = row sums - column sums
 //                    of W + entering <dy_i S, C_i>; earlier_j = leaving d <x_j dS, B_j>; passing =
 //                    passing <S, dS>.
 #pragma once
@@ -710,7 +711,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
             masked[e] = product * weight;
             const float gradient = g[n][e] * (weight * step[half]);
             dcb[2 * i + n][e] += gradient;
-            w[e] = gradient * product;
+            w[e] = distance == 0 ? 0.0f : gradient * product;  // nothing decays there
             columns[half] += w[e];
           }
           rows[n][0] = w[0] + w[2];

@@ -54,8 +54,10 @@ class Watch(torch.overrides.TorchFunctionMode):
 
 
 def _our_operation(function):
-    namespace, _, name = str(function).partition(".")
-    return name.removesuffix(".default") if namespace == "mamba_ssm" else None
+    """The name of an operation, or of one of its overloads; None if it is none of ours."""
+    name = getattr(function, "_qualified_op_name", None) or getattr(function, "name", str)()
+    namespace, _, name = name.partition("::")
+    return name if namespace == "mamba_ssm" else None
 
 
 def _spoiled(result):

@@ -86,18 +86,6 @@ class Products:
         """Moved, and so is its gradient."""
         return self.gradient_operand(value + (self._moved(value) - value.detach()))
 
-    def log_decays(self, value):
-        """(seqlen, nheads). A gradient is what float32 leaves of sums over pairs that cancel."""
-
-        def moved(gradient):
-            size = gradient.abs().amax(0, keepdim=True) * 2**-20
-            return gradient + size * self._chance(gradient)
-
-        value = value + 0
-        if value.requires_grad and len(value) > 0:
-            value.register_hook(moved)
-        return value
-
     def gradient_operand(self, value):
         """Itself, but its gradient is moved."""
         value = value + 0
@@ -446,11 +434,8 @@ def selective_scan(
 def _heads(h, x, d, A, B, C, products=None):
     """h (nheads, headdim, dstate) and one list of tokens -> [y (nheads, headdim)], last h."""
     y = []
-    logs = d * A
-    if products is not None:
-        logs = products.log_decays(logs)
-    for t, (x_t, d_t, log_t, B_t, C_t) in enumerate(zip(x, d, logs, B, C)):
-        decay = torch.exp(log_t)[:, None, None]
+    for t, (x_t, d_t, B_t, C_t) in enumerate(zip(x, d, B, C)):
+        decay = torch.exp(d_t * A)[:, None, None]
         added = d_t[:, None] * x_t
         if products is None:
             h = decay * h + added[:, :, None] * B_t[:, None, :]

@@ -468,6 +468,9 @@ def check_compile(sequence_parallel):
     compare_training(block, mine, randn(3, 6, 16), tokens, flat=True)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="Dynamo does not trace asynchronous collectives yet"
+)
 @sequence_parallel
 def test_compile(ranks, sequence_parallel):
     ranks.check(check_compile, sequence_parallel=sequence_parallel)
