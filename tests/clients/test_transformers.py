@@ -126,7 +126,9 @@ class _Compiler:
         self._compile = torch._dynamo.lookup_backend(backend)
 
     def __call__(self, graph, inputs):
-        self.calls |= {_our_operation(node.target) for node in graph.graph.nodes} - {None}
+        for part in graph.modules():  # a graph may hold others
+            if isinstance(part, torch.fx.GraphModule):
+                self.calls |= {_our_operation(node.target) for node in part.graph.nodes} - {None}
         return self._compile(graph, inputs)
 
 
