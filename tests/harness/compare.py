@@ -175,7 +175,7 @@ def check_results(call, results, terms=1):
         )
 
 
-def products_eps(dtype, device):
+def states_eps(dtype, device):
     """The eps of what ssd_chunk_scan adds up in its states, for arguments of a type."""
     wide = torch.promote_types(dtype, torch.float32)
     return torch.finfo(dtype if device == "cuda" else wide).eps

@@ -250,7 +250,7 @@ def test_step_by_step(dtype, softplus, D, device):
     expected = call.invoke()
     loose = torch.finfo(dtype).eps * 32
     torch.testing.assert_close(torch.stack(out, dim=1), expected["out"], rtol=loose, atol=loose)
-    loose = compare.products_eps(dtype, device) * 32
+    loose = compare.states_eps(dtype, device) * 32
     torch.testing.assert_close(state, expected["final_states"], rtol=loose, atol=loose)
 
 
@@ -269,7 +269,7 @@ def test_packed_equals_separate(lengths, dtype, device):
 
     both_out, both_states = scan(**a, seq_idx=ids)  # ids that say nothing new
     tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
-    exact = {"rtol": 0, "atol": 64 * compare.products_eps(dtype, device)}
+    exact = {"rtol": 0, "atol": 64 * compare.states_eps(dtype, device)}
     torch.testing.assert_close(both_out, cut_out, **tolerance)
     torch.testing.assert_close(both_states, cut_states, **exact)
 

@@ -1,4 +1,4 @@
-"""What the modules share: which submodules may be bypassed, and inference caches."""
+"""What the modules share: which submodules may be bypassed, inference caches, a step's convolution."""
 
 import torch
 import torch.nn as nn
@@ -34,9 +34,7 @@ def states_from_cache(module, inference_params, batch_size, initialize_states=Fa
         raise ValueError(f"{name}: an inference cache needs a module made with layer_idx=...")
     cache = inference_params.key_value_memory_dict
     states = cache.get(module.layer_idx)
-    if states is None or (
-        states[0].shape[0] != batch_size and inference_params.seqlen_offset == 0
-    ):
+    if states is None or (states[0].shape[0] != batch_size and inference_params.seqlen_offset == 0):
         states = module.allocate_inference_cache(batch_size, inference_params.max_seqlen)
         cache[module.layer_idx] = states
     elif states[0].shape[0] != batch_size:
@@ -48,3 +46,22 @@ def states_from_cache(module, inference_params, batch_size, initialize_states=Fa
         for state in states:
             state.zero_()
     return states
+
+
+def step_conv1d(conv1d, act, x, conv_state):
+    """One token x (batch, dim) through act(conv1d), after the inputs in conv_state.
+
+    conv_state (batch, dim, width) is updated in place; another dtype than x's goes through a copy.
+    A replaced or hooked conv1d gets its window through its own forward.
+    """
+    past = conv_state.detach().to(x.dtype)
+    if is_plain(conv1d, nn.Conv1d):
+        x = torch.ops.mamba_ssm.causal_conv1d_update(
+            x, past, conv1d.weight.squeeze(1), conv1d.bias, silu=True
+        )
+        if past.dtype != conv_state.dtype:
+            conv_state.copy_(past)
+        return x
+    window = torch.cat([past[..., 1:], x[..., None]], dim=-1)
+    conv_state.copy_(window.detach())
+    return act(conv1d(window)[..., window.shape[-1] - 1]).to(x.dtype)

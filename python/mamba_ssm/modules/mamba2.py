@@ -9,7 +9,13 @@ import torch.nn.functional as F
 
 from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from mamba_ssm.modules._hub import HubMixin
-from mamba_ssm.modules._parts import is_plain, read_cache, states_from_cache, upcast
+from mamba_ssm.modules._parts import (
+    is_plain,
+    read_cache,
+    states_from_cache,
+    step_conv1d,
+    upcast,
+)
 from mamba_ssm.ops.triton._chunks import sequence_ids
 from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated
 
@@ -130,8 +136,7 @@ class Mamba2(nn.Module, HubMixin):
         self.ngroups = ngroups // self.world_size
         if headdim < 1 or self.d_ssm % headdim != 0:
             raise ValueError(
-                f"{name}: headdim must divide d_ssm = {self.d_ssm}: pass headdim=..., "
-                f"got {headdim}"
+                f"{name}: headdim must divide d_ssm = {self.d_ssm}: pass headdim=..., got {headdim}"
             )
         self.nheads = self.d_ssm // self.headdim
         if ngroups < 1 or self.nheads % self.ngroups != 0:
@@ -255,17 +260,7 @@ class Mamba2(nn.Module, HubMixin):
                 f"got {tuple(hidden_states.shape)}"
             )
         z0, x0, z, xBC, dt = self._split(self.in_proj(hidden_states[:, 0]))
-        past = conv_state.detach().to(xBC.dtype)  # another dtype goes through a copy
-        if is_plain(self.conv1d, nn.Conv1d):
-            xBC = ops.causal_conv1d_update(
-                xBC, past, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True
-            )
-            if past.dtype != conv_state.dtype:
-                conv_state.copy_(past)
-        else:
-            window = torch.cat([past[..., 1:], xBC[..., None]], dim=-1)
-            conv_state.copy_(window.detach())
-            xBC = self.act(self.conv1d(window)[..., self.d_conv - 1]).to(xBC.dtype)
+        xBC = step_conv1d(self.conv1d, self.act, xBC, conv_state)
         x, B, C = self._split_heads(xBC)
 
         dt_bias, softplus = self.dt_bias, True
@@ -413,9 +408,7 @@ class Mamba2(nn.Module, HubMixin):
             longer, offsets, tokens = _behind_history(inputs, past, cu_seqlens)
             xBC, _ = self._convolve(longer, sequence_ids(offsets, longer.shape[2]))
             xBC = xBC.index_select(2, tokens)
-            columns = ops.causal_conv1d_varlen_states(
-                longer[0].detach().T, offsets, self.d_conv
-            )
+            columns = ops.causal_conv1d_varlen_states(longer[0].detach().T, offsets, self.d_conv)
         else:
             xBC, final_states = self._convolve(inputs, seq_idx, past[..., 1:])
             if seq_idx is None:

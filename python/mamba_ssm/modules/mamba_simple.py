@@ -6,7 +6,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mamba_ssm.modules._parts import is_plain, read_cache, states_from_cache, upcast
+from mamba_ssm.modules._parts import (
+    is_plain,
+    read_cache,
+    states_from_cache,
+    step_conv1d,
+    upcast,
+)
 from mamba_ssm.modules.block import Block as _Block
 
 ops = torch.ops.mamba_ssm
@@ -176,17 +182,7 @@ class Mamba(nn.Module):
                 f"got {tuple(hidden_states.shape)}"
             )
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
-        past = conv_state.detach().to(x.dtype)  # another dtype goes through a copy
-        if is_plain(self.conv1d, nn.Conv1d):
-            x = ops.causal_conv1d_update(
-                x, past, self.conv1d.weight.squeeze(1), self.conv1d.bias, silu=True
-            )
-            if past.dtype != conv_state.dtype:
-                conv_state.copy_(past)
-        else:
-            window = torch.cat([past[..., 1:], x[..., None]], dim=-1)
-            conv_state.copy_(window.detach())
-            x = self.act(self.conv1d(window)[..., self.d_conv - 1]).to(x.dtype)
+        x = step_conv1d(self.conv1d, self.act, x, conv_state)
         dt, B, C = self._split(self.x_proj(x).to(x.dtype), dim=-1)
         if is_plain(self.dt_proj, nn.Linear):
             dt, dt_bias = F.linear(dt, self.dt_proj.weight), upcast(self.dt_proj.bias)
