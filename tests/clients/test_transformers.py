@@ -132,11 +132,18 @@ class _Compiler:
         return self._compile(graph, inputs)
 
 
+def _compiling_counts_as_exporting():
+    """Of torch at hand (2.11 does); transformers takes its plain path in what it exports."""
+    return torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(0) == 1
+
+
 @pytest.mark.parametrize("cell", ["train", "decode"])
 @pytest.mark.parametrize("name", FULLGRAPH)
 def test_compiles_to_one_graph(reference, count_in_matrix, device, name, cell):
-    count_in_matrix(name, f"compiled-{cell}")
     torch._dynamo.reset()
+    if _compiling_counts_as_exporting():
+        pytest.skip("on this torch transformers takes its plain path in every compiled graph")
+    count_in_matrix(name, f"compiled-{cell}")
     # The backward of the delta rule fails in aot_eager with a stride of softplus_backward, also
     # on transformers' plain path.
     delta = cell == "train" and models.FAMILIES[name].packs == "convolution"
