@@ -11,15 +11,18 @@
 //   y^T += D x^T, y^T . silu(z^T)              x^T and z^T are laid out as y^T is
 //   S = exp(c_last) S + x^T B . exp(c_last - c_j) d_j
 //
-// x, z and out of a warp's channels are that warp's own business, M is the unit's; C and B are the
-// block's. What depends on dt alone, make_step_tables has computed before. Shared memory:
+// M, x, z and out are a unit's own, C and B are the block's. What depends on dt alone,
+// make_step_tables has computed before. Shared memory:
 //
 //   matrices  3 of (64 tokens, states): C and B of this chunk, C of the next. B of the next chunk
 //             arrives in the buffer of this chunk's C once all warps are done with it.
-//   x         (64 tokens, 64 channels) per unit, needed late in a chunk
-//   gate      the same of z, then of out on its way to memory
-//   M         (64, 64) per unit
+//   x         2 of (64 tokens, 64 channels) per unit: this chunk and the next
+//   mixed     M (64, 64) per unit, then out (64 tokens, 64 channels) on its way to memory
 //   steps     2 StepTables per unit: this chunk and the next
+//   gate      z (64 tokens, 64 channels) per unit, where there is one
+//
+// All of it comes through the copy engine (bulk_copy.cuh) where the device has one and no token has
+// to be left out, else thread by thread: a warp copies the 16 channels that it owns.
 //
 // Plain path (everything else): sequential in time, in float32 or float64. A thread owns a few
 // channels times 8 states, a warp all states of a block of 64 or 128; more states go through the
@@ -33,6 +36,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "bulk_copy.cuh"
 #include "launch.cuh"
 #include "ssd_chunk_scan.cuh"
 
@@ -51,6 +55,11 @@ struct ForwardPlan {
   float* decays;    // (slots, nheads): what is left there of the state before the segment
   void* steps;      // (slots, chunks, nheads) StepTables; tensor-core path
   float* partials;  // (batch, seqlen, nheads, headdim): y of a 16-bit T so far; plain path
+};
+
+/// What the copy engine moves; tensor-core path.
+struct ForwardMaps {
+  TensorMap x, z, B, C, out;
 };
 
 // ---- States in memory --------------------------------------------------------------------------
@@ -202,6 +211,7 @@ struct BlockWork {
   Segment segment;
   int64_t slot;
   const uint8_t* marks;  // of the segment's tokens; null without marks
+  int row;               // of the batch
   int count;             // tokens of the segment
   // The first token of the segment in the tensors of the same names, the first channel of the unit.
   const T* B;
@@ -230,11 +240,16 @@ struct BlockLayout {
   static constexpr int kTile = kChunk * kUnitChannels;
 
   T matrices[3][kMatrix];
-  T x[kUnits][kTile];
-  T gate[kUnits][kTile];   // z, then out
-  T mixed[kUnits][kTile];  // M
+  T x[2][kUnits][kTile];
+  T mixed[kUnits][kTile];  // M, then out
   StepTable steps[2][kUnits];
   BlockWork<T, kUnits> work;
+  CopyBarrier chunk_there, gate_there;  // copy engine
+  alignas(1024) T gate[kUnits][kTile];  // z; left out of calls without one
+
+  static size_t bytes(bool gated) {
+    return gated ? sizeof(BlockLayout) : offsetof(BlockLayout, gate);
+  }
 };
 
 /// Copies rows t .. t + 64 of a matrix, counted from its first, to a tile: one vector in each of
@@ -373,8 +388,7 @@ __global__ void copy_rows(const View<4> v, T* to, int64_t size, int64_t seqlen, 
               : from_accumulate<T>(0.0f);
 }
 
-/// A warp's 16 rows of M from those of K: (i, j) with a decay from j to i. Only what is left of the
-/// end of the diagonal block of 16 columns is written.
+/// A warp's 16 rows of M from those of K: (i, j) with a decay from j to i.
 template <class T>
 __device__ __forceinline__ void mix_tokens(T* mixed, const float (&product)[kChunk / 8][4],
                                            const StepTable& table) {
@@ -386,41 +400,36 @@ __device__ __forceinline__ void mix_tokens(T* mixed, const float (&product)[kChu
   const bool any_resets = table.last_resets > 0;
 #pragma unroll
   for (int block = 0; block < kChunk / 16; ++block) {
-    if (block > row_block) break;
-    float m[2][2][2];  // tiles of 8 columns, rows i and i + 8, columns j and j + 1
+    if (block > row_block) {  // M is multiplied as a whole where warps multiply together
+      store_a<kChunk>({}, mixed, row_block * 16, block * 16, lane);
+      continue;
+    }
+    uint32_t rounded[4];
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+    for (int tile = 0; tile < 2; ++tile) {  // of 8 columns
       const int j = block * 16 + tile * 8 + lane % 4 * 2;
       const float4 pair = *reinterpret_cast<const float4*>(&table.decay_step[j]);
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        m[tile][k][0] = fast_exp2(decay[k] - pair.x) * pair.y;
-        m[tile][k][1] = fast_exp2(decay[k] - pair.z) * pair.w;
+      for (int k = 0; k < 2; ++k) {  // rows i and i + 8, columns j and j + 1
+        float m0 = fast_exp2(decay[k] - pair.x) * pair.y;
+        float m1 = fast_exp2(decay[k] - pair.z) * pair.w;
+        if (any_resets || block == row_block) {
+          if (j > i + 8 * k || table.resets[j] != resets[k]) m0 = 0;
+          if (j + 1 > i + 8 * k || table.resets[j + 1] != resets[k]) m1 = 0;
+        }
+        const float* const own = &product[2 * block + tile][2 * k];
+        rounded[2 * tile + k] = round_pair<T>(own[0] * m0, own[1] * m1);
       }
     }
-    if (any_resets || block == row_block) {
-#pragma unroll
-      for (int i8 = 0; i8 < 8; ++i8) {
-        const int tile = i8 / 4, k = i8 / 2 % 2, one = i8 % 2;
-        const int j = block * 16 + tile * 8 + lane % 4 * 2 + one;
-        if (j > i + 8 * k || table.resets[j] != resets[k]) m[tile][k][one] = 0;
-      }
-    }
-#pragma unroll
-    for (int i4 = 0; i4 < 4; ++i4) {
-      const int tile = i4 / 2, k = i4 % 2;
-      const float* const own = &product[2 * block + tile][2 * k];
-      const int at = tile_at<kChunk>(row_block * 16 + 8 * k, block * 16, lane / 4, tile);
-      *reinterpret_cast<uint32_t*>(mixed + at + lane % 4 * 2) =
-          round_pair<T>(own[0] * m[tile][k][0], own[1] * m[tile][k][1]);
-    }
+    store_a<kChunk>(rounded, mixed, row_block * 16, block * 16, lane);
   }
 }
 
-template <class T, int kUnits, int kStates>
+template <class T, int kUnits, int kStates, bool kEngine>
 __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
                                   BlockLayout<T, kUnits, kStates>::kResident)
-    forward_chunks(const SsdChunkScanParams p, const ForwardPlan plan, bool states_only) {
+    forward_chunks(const SsdChunkScanParams p, const ForwardPlan plan,
+                   const __grid_constant__ ForwardMaps maps, bool states_only) {
   using Layout = BlockLayout<T, kUnits, kStates>;
   constexpr int kTiles = kStates / 8;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -436,8 +445,6 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
 
   const int own = warp / kUnitWarps;                      // unit of the block
   const int channel = warp % kUnitWarps * kWarpChannels;  // of the warp, in its unit
-  T* x_tile = shared.x[own];
-  T* gate_tile = shared.gate[own];  // of the next x, without y
   auto& work = shared.work;
   auto& unit = work.units[own];
   if (warp % kUnitWarps == 0) {
@@ -463,6 +470,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       work.segment = segment;
       work.slot = slot;
       work.marks = p.marks == nullptr ? nullptr : p.marks + segment.row * p.seqlen + segment.begin;
+      work.row = static_cast<int>(segment.row);
       work.count = static_cast<int>(segment.end - segment.begin);
       work.B = first(p.B, group, 0);
       work.C = first(p.C, group, 0);
@@ -473,34 +481,84 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       unit.D[c] = has ? load_as<float>(p.D.data, p.D.dtype, at) : 0.0f;
     }
   }
+  const bool asks = threadIdx.x == 0;  // the copy engine
+  const bool unit_asks = threadIdx.x % (kUnitWarps * kWarpSize) == 0;
+  if (kEngine && asks) {
+    shared.chunk_there.init();
+    shared.gate_there.init();
+    publish_barriers();
+  }
   __syncthreads();
 
-  const auto copy_steps = [&](int buffer, int t) {
-    constexpr int kVectors = sizeof(StepTable) / 16;
-    const int thread = recomputed(static_cast<int>(threadIdx.x)) % (kUnitWarps * kWarpSize);
-    if (thread >= kVectors) return;
-    copy_async(reinterpret_cast<Pack<float, 4>*>(&shared.steps[buffer][own]) + thread,
-               reinterpret_cast<const float*>(unit.steps + t / kChunk * p.nheads) + 4 * thread);
+  const int units = kUnits == 1 || work.units[kUnits - 1].channels == 0 ? 1 : kUnits;  // that exist
+  // Of the chunk at token t of the segment: C, steps and x of all units.
+  const auto copy_early = [&](int matrix, int buffer, int t) {
+    if constexpr (kEngine) {
+      if (!asks) return;
+      auto& there = shared.chunk_there;
+      const int at = static_cast<int>(work.segment.begin) + t;
+      there.expect(units * static_cast<int>(sizeof(StepTable) + sizeof(T) * Layout::kTile) +
+                   (states_only ? 1 : 2) * static_cast<int>(sizeof(T) * Layout::kMatrix));
+#pragma unroll
+      for (int n = 0; n < kStates && !states_only; n += kPanel) {
+        copy_box(shared.matrices[matrix] + n * kChunk, maps.C, work.row, at, group, n, there);
+      }
+#pragma unroll
+      for (int u = 0; u < units; ++u) {
+        const auto& of = work.units[u];
+        copy_bytes(&shared.steps[buffer][u], of.steps + t / kChunk * p.nheads, sizeof(StepTable),
+                   there);
+        copy_box(shared.x[buffer][u], maps.x, work.row, at, of.head, of.panel, there);
+      }
+    } else {
+      if (!states_only) {
+        copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.C, p.C, p.dstate, t,
+                                               work);
+      }
+      constexpr int kVectors = sizeof(StepTable) / 16;
+      const int thread = recomputed(static_cast<int>(threadIdx.x)) % (kUnitWarps * kWarpSize);
+      if (thread < kVectors) {
+        copy_async(reinterpret_cast<Pack<float, 4>*>(&shared.steps[buffer][own]) + thread,
+                   reinterpret_cast<const float*>(unit.steps + t / kChunk * p.nheads) + 4 * thread);
+      }
+      copy_channels(shared.x[buffer][own], unit.x, p.x, unit.channels, channel, t, work);
+    }
   };
   const auto copy_B = [&](int matrix, int t) {
-    copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.B, p.B, p.dstate, t, work);
+    if constexpr (kEngine) {
+      if (!asks) return;
+      const int at = static_cast<int>(work.segment.begin) + t;
+#pragma unroll
+      for (int n = 0; n < kStates; n += kPanel) {
+        copy_box(shared.matrices[matrix] + n * kChunk, maps.B, work.row, at, group, n,
+                 shared.chunk_there);
+      }
+    } else {
+      copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.B, p.B, p.dstate, t,
+                                             work);
+    }
   };
-  const auto copy_C = [&](int matrix, int t) {
-    copy_matrix<kStates, Layout::kThreads>(shared.matrices[matrix], work.C, p.C, p.dstate, t, work);
-  };
-  const auto copy_x = [&](T* tile, int t) {
-    copy_channels(tile, unit.x, p.x, unit.channels, channel, t, work);
+  const auto copy_z = [&](int t) {
+    if constexpr (kEngine) {
+      if (!asks) return;
+      const int at = static_cast<int>(work.segment.begin) + t;
+      shared.gate_there.expect(units * static_cast<int>(sizeof(T) * Layout::kTile));
+#pragma unroll
+      for (int u = 0; u < units; ++u) {
+        const auto& of = work.units[u];
+        copy_box(shared.gate[u], maps.z, work.row, at, of.head, of.panel, shared.gate_there);
+      }
+    } else {
+      copy_channels(shared.gate[own], unit.z, p.z, unit.channels, channel, t, work);
+    }
   };
 
   int this_C = 0, this_B = 1, next_C = 2;  // matrices
-  int buffer = 0;                          // of steps
-  if (!states_only) copy_C(this_C, 0);
+  int buffer = 0;                          // of steps and x; the parity of the chunk
   if (work.count > 0) {
+    copy_early(this_C, buffer, 0);
     copy_B(this_B, 0);
-    copy_steps(buffer, 0);
   }
-  commit_copies();
-  copy_x(x_tile, 0);
   commit_copies();
 
   float state[kTiles][4] = {};
@@ -509,30 +567,25 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
                    unit.panel + channel);
   }
   float left = 1;  // of the state before the segment
-  // M is multiplied as a whole where warps multiply together.
-  for (int i = threadIdx.x; i < kUnits * Layout::kTile; i += Layout::kThreads) {
-    shared.mixed[0][i] = from_accumulate<T>(0.0f);
-  }
 
 #pragma unroll 1
   for (int begin = 0; begin < work.count; begin += kChunk) {
     const int next = begin + kChunk;
     const StepTable& table = shared.steps[buffer][own];
-    wait_copies<1>();
-    publish_tiles();
-    __syncthreads();  // this chunk's C, B and steps are there; nobody is at the last chunk any more
-    if (given(p.z) && !states_only) {
-      copy_channels(gate_tile, unit.z, p.z, unit.channels, channel, begin, work);
+    const T* const x = shared.x[buffer][own];
+    T* const mixed = shared.mixed[own];
+    if constexpr (kEngine) {
+      shared.chunk_there.wait(buffer);
+    } else {
+      wait_copies<0>();
+      publish_tiles();
     }
+    __syncthreads();  // this chunk is there; nobody is at the last one any more
+    if (given(p.z) && !states_only) copy_z(begin);
     commit_copies();
     if (next < work.count) {
-      if (states_only) {
-        copy_B(next_C, next);
-        copy_x(gate_tile, next);
-      } else {
-        copy_C(next_C, next);
-      }
-      copy_steps(1 - buffer, next);
+      copy_early(next_C, 1 - buffer, next);
+      if (states_only) copy_B(next_C, next);
     }
     commit_copies();
 
@@ -541,7 +594,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       const T* const C = shared.matrices[this_C];
       float y[kChunk / 8][4];
       multiply_tiles<kStates>(y, C, shared.matrices[this_B]);
-      mix_tokens(shared.mixed[own], y, table);
+      mix_tokens(mixed, y, table);
       publish_tiles();
       sync_unit(own);  // M is there
 #pragma unroll
@@ -571,13 +624,11 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
         y[i][2] *= entering.x;
         y[i][3] *= entering.y;
       }
-      wait_copies<2>();
-      __syncwarp();  // x is there
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        load_a_transposed<kChunk>(x_operand[j], x_tile, j * 16, channel, l);
+        load_a_transposed<kChunk>(x_operand[j], x, j * 16, channel, l);
       }
-      multiply_transposed<true>(y, x_operand, shared.mixed[own], 0);
+      multiply_transposed<true>(y, x_operand, mixed, 0);
       const float D[2] = {unit.D[channel + l / 4], unit.D[channel + l / 4 + 8]};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -589,40 +640,49 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
           pair[1] = fmaf(D[k % 2], own_x.y, pair[1]);
         }
       }
-      __syncthreads();  // nobody needs this chunk's C any more
+      __syncthreads();  // nobody needs this chunk's C and M any more
       if (next < work.count) copy_B(this_C, next);
       commit_copies();
 
       if (given(p.z)) {
-        wait_copies<2>();
-        __syncwarp();  // z is there
+        if constexpr (kEngine) {
+          shared.gate_there.wait(buffer);
+        } else {
+          wait_copies<2>();
+          __syncwarp();  // z is there
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (given(p.z)) {
           uint32_t gate[4];
-          load_a_transposed<kChunk>(gate, gate_tile, i * 16, channel, l);
+          load_a_transposed<kChunk>(gate, shared.gate[own], i * 16, channel, l);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const float2 own_z = unpack_pair<T>(gate[k]);
             y[2 * i + k / 2][k % 2 * 2] *= silu(own_z.x);
             y[2 * i + k / 2][k % 2 * 2 + 1] *= silu(own_z.y);
           }
-          __syncwarp();
         }
         uint32_t out[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           out[k] = round_pair<T>(y[2 * i + k / 2][k % 2 * 2], y[2 * i + k / 2][k % 2 * 2 + 1]);
         }
-        store_a_transposed<kChunk>(out, gate_tile, i * 16, channel, l);
+        store_a_transposed<kChunk>(out, mixed, i * 16, channel, l);
       }
-      __syncwarp();
-      store_channels(gate_tile, unit.out, p.out, plan.vector_out, unit.channels, channel, begin,
-                     work.count - begin);
-    } else {
-      wait_copies<2>();
-      __syncwarp();  // x is there
+      if constexpr (kEngine) {
+        publish_tiles();
+        sync_unit(own);  // out is there
+        if (unit_asks && unit.channels > 0) {
+          write_box(maps.out, mixed, work.row, static_cast<int>(work.segment.begin) + begin,
+                    unit.head, unit.panel);
+        }
+      } else {
+        __syncwarp();
+        store_channels(mixed, unit.out, p.out, plan.vector_out, unit.channels, channel, begin,
+                       work.count - begin);
+      }
     }
 
     const float passing = table.passing;
@@ -642,7 +702,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       const float* const weight = &table.leaving[j * 16 + l % 4 * 2];
       const float2 first = *reinterpret_cast<const float2*>(weight);
       const float2 second = *reinterpret_cast<const float2*>(weight + 8);
-      load_a_transposed<kChunk>(x_operand[j], x_tile, j * 16, channel, l);
+      load_a_transposed<kChunk>(x_operand[j], x, j * 16, channel, l);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float2 w = k < 2 ? first : second;
@@ -651,16 +711,7 @@ __global__ void __launch_bounds__(BlockLayout<T, kUnits, kStates>::kThreads,
       }
     }
     multiply(state, x_operand, shared.matrices[this_B]);
-    __syncwarp();  // x is read
-    if (states_only) {
-      T* const read = x_tile;
-      x_tile = gate_tile;
-      gate_tile = read;
-    } else if (next < work.count) {
-      copy_x(x_tile, next);
-    }
-    commit_copies();
-
+    if (kEngine && unit_asks) wait_boxes();  // before M is written again
     // What was this chunk's B is free now; the next one's is where its C, or that of a chunk
     // without C would be.
     const int freed = this_B;
@@ -961,18 +1012,18 @@ void take_states(Workspace& workspace, const SsdChunkScanParams& p, ForwardPlan&
 }
 
 /// Launches `kernel`, and before it what finds the states that segments start from.
-template <class Acc, class Kernel>
+template <class Acc, class Kernel, class... Maps>
 void launch_segments(Kernel kernel, const SsdChunkScanParams& p, const ForwardPlan& plan,
-                     int64_t blocks, int threads, cudaStream_t stream) {
+                     int64_t blocks, int threads, cudaStream_t stream, const Maps&... maps) {
   if (plan.segments.per_sequence > 1) {
     const int64_t pass_blocks = ceil_div(p.headdim * p.dstate, kPassThreads * kPassElements);
-    launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, true);
+    launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, maps..., true);
     if (pass_blocks > 0) {
       launch_shared(pass_states<Acc>, p.num_sequences * p.nheads * pass_blocks, kPassThreads, 0,
                     stream, p, plan, static_cast<unsigned>(pass_blocks));
     }
   }
-  launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, false);
+  launch_shared(kernel, blocks, threads, plan.shared, stream, p, plan, maps..., false);
 }
 
 /// What the tensor-core path reads has rows of 16-byte vectors; tensors that do not are copied into
@@ -1018,6 +1069,22 @@ struct ChunkForward {
            static_cast<int64_t>(sizeof(Layout));
   }
 
+  /// True if the copy engine serves a call; then with `maps`.
+  static bool describe(ForwardMaps& maps, const SsdChunkScanParams& p) {
+    // Which tokens are padding, and where sequences in one row end, it does not know.
+    if (p.marks != nullptr || given(p.cu_seqlens)) return false;
+    if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+    static const bool compiled = knows_copy_engine(forward_chunks<T, kUnits, kStates, true>);
+    const auto channels = [&](TensorMap& map, const View<4>& v) {
+      return describe_tensor<T>(map, v, p.batch, p.seqlen, p.nheads, p.headdim, kChunk, kPanel);
+    };
+    const auto states = [&](TensorMap& map, const View<4>& v) {
+      return describe_tensor<T>(map, v, p.batch, p.seqlen, p.ngroups, p.dstate, kChunk, kPanel);
+    };
+    return compiled && channels(maps.x, p.x) && (!given(p.z) || channels(maps.z, p.z)) &&
+           states(maps.B, p.B) && states(maps.C, p.C) && channels(maps.out, p.out);
+  }
+
   ChunkForward(const SsdChunkScanParams& p, void* base)
       : inputs{{&SsdChunkScanParams::x, p.nheads, p.headdim},
                {&SsdChunkScanParams::z, p.nheads, p.headdim},
@@ -1025,16 +1092,16 @@ struct ChunkForward {
                {&SsdChunkScanParams::C, p.ngroups, p.dstate}} {
     constexpr int64_t kReserved = 1024;  // bytes of shared memory that the system takes per block
     const int64_t held = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
-                         (static_cast<int64_t>(sizeof(Layout)) + kReserved);
+                         (static_cast<int64_t>(Layout::bytes(given(p.z))) + kReserved);
     plan.panels = static_cast<int>(ceil_div(p.headdim, kUnitChannels));
     plan.unit_blocks = static_cast<int>(ceil_div(p.nheads / p.ngroups * plan.panels, kUnits));
-    plan.shared = sizeof(Layout);
+    plan.shared = Layout::bytes(given(p.z));
     plan.vector_out = p.headdim % kTileVector == 0 && has_vector_rows<T>(p.out);
     // (latency, work) of [one or two units][64 or 128 states]
-    constexpr double kCosts[2][2][2] = {{{1.35, 1.6}, {1.6, 1.8}}, {{1.7, 2.1}, {2.1, 3.2}}};
+    constexpr double kCosts[2][2][2] = {{{0.5, 1.25}, {0.5, 1.4}}, {{1.5, 1.55}, {2, 1.65}}};
     const auto& own = kCosts[kUnits - 1][kStates / 64 - 1];
     const ForwardCost cost{static_cast<int>(std::clamp<int64_t>(held, 1, Layout::kResident)),
-                           own[0], own[1], 0.43, 8};
+                           own[0], own[1], 0.35, 8};
     choose_segments(plan, p, p.ngroups * plan.unit_blocks, cost);
     Workspace workspace(base);
     take_states<float>(workspace, p, plan);
@@ -1050,9 +1117,11 @@ struct ChunkForward {
     launch_shared(make_step_tables<float>, plan.segments.slots * chunks() * head_blocks,
                   kTableWarps * kWarpSize, 0, stream, q, plan, static_cast<unsigned>(head_blocks),
                   static_cast<unsigned>(chunks()));
-    launch_segments<float>(forward_chunks<T, kUnits, kStates>, q, plan,
-                           plan.segments.slots * p.ngroups * plan.unit_blocks, Layout::kThreads,
-                           stream);
+    ForwardMaps maps{};
+    const auto kernel = describe(maps, q) ? forward_chunks<T, kUnits, kStates, true>
+                                          : forward_chunks<T, kUnits, kStates, false>;
+    launch_segments<float>(kernel, q, plan, plan.segments.slots * p.ngroups * plan.unit_blocks,
+                           Layout::kThreads, stream, maps);
   }
 };
 
