@@ -14,11 +14,11 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
                               const OptionalTensor& D, const OptionalTensor& z,
                               const OptionalTensor& dt_bias,
                               const OptionalTensor& state_batch_indices, bool dt_softplus,
-                              const OptionalTensor& intermediate_states) {
+                              const OptionalTensor& intermediate_states, bool A_is_log) {
   static const auto op =
       find_op<decltype(selective_state_update)>("mamba_ssm::selective_state_update");
   return op.call(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus,
-                 intermediate_states);
+                 intermediate_states, A_is_log);
 }
 
 namespace {
@@ -28,7 +28,7 @@ Tensor selective_state_update_meta(const Tensor& state, const Tensor& x, const T
                                    const OptionalTensor& D, const OptionalTensor& z,
                                    const OptionalTensor& dt_bias,
                                    const OptionalTensor& state_batch_indices, bool,
-                                   const OptionalTensor& intermediate_states) {
+                                   const OptionalTensor& intermediate_states, bool) {
   const MetaChecks checks("selective_state_update", "state", state);
   check_selective_state_update(checks, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices,
                                intermediate_states);

@@ -1,9 +1,10 @@
 // Causal depthwise convolution, decode: a few new tokens against a cache of past inputs; and the
 // caches of packed sequences.
 //
-// One token against a dense cache of 4 columns: a thread owns the channels of one 16-byte vector of
-// the cache and a few batch rows. Everything else: a thread owns one channel of one row, makes all
-// outputs and then moves its columns, so that the update is safe in place.
+// One token against a dense cache of 4 columns, the columns of a channel side by side or channels
+// side by side: a thread owns a few neighboring channels and a few batch rows. Everything else: a
+// thread owns one channel of one row, makes all outputs and then moves its columns, so that the
+// update is safe in place.
 #include <cuda_runtime.h>
 
 #include "causal_conv1d.cuh"
@@ -15,30 +16,69 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kStateLen = 4;  // columns of the cache that the one-token kernel is made for
 constexpr int kRows = 2;      // batch rows of a thread: they share taps, and their loads overlap
+template <class T>            // of a thread of the one-token kernel: 16 bytes of the cache
+constexpr int kChannels = 16 / (kStateLen * sizeof(T));
 
 /// The cache slot of row b, or -1 for a row without one.
 __device__ int64_t slot_of(const CausalConv1dUpdateParams& p, int64_t b) {
   int64_t slot = b;
   if (given(p.conv_state_indices)) {
     slot = load_index(p.conv_state_indices.data, p.conv_state_indices.dtype,
-                            b * p.conv_state_indices.stride[0]);
+                      b * p.conv_state_indices.stride[0]);
   }
   return slot >= 0 && slot < p.num_slots ? slot : -1;
 }
 
-template <class T, int kWidth>
+/// The columns of kVec neighboring channels in the cache.
+template <class T, int kVec, bool kChannelLast>
+class CacheColumns {
+ public:
+  __device__ __forceinline__ void load(const T* from, int64_t column_stride) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) packs_[i].load(from + i * column_stride);
+  }
+  __device__ __forceinline__ Accumulate<T> operator()(int channel, int column) const {
+    return kChannelLast ? packs_[column][channel] : packs_[0][channel * kStateLen + column];
+  }
+  /// Column 0 leaves, the new one comes last.
+  __device__ __forceinline__ void push(const Pack<T, kVec>& column) {
+    if constexpr (kChannelLast) {
+#pragma unroll
+      for (int i = 0; i + 1 < kPacks; ++i) packs_[i] = packs_[i + 1];
+      packs_[kPacks - 1] = column;
+    } else {
+      Accumulate<T> values[kVec * kStateLen];
+#pragma unroll
+      for (int i = 0; i < kVec * kStateLen; ++i) {
+        const bool last = i % kStateLen == kStateLen - 1;
+        values[i] = last ? column[i / kStateLen] : packs_[0][i + !last];
+      }
+      packs_[0].round(values);  // exact: they come from T
+    }
+  }
+  __device__ __forceinline__ void store(T* to, int64_t column_stride) const {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) packs_[i].store(to + i * column_stride);
+  }
+
+ private:
+  static constexpr int kPacks = kChannelLast ? kStateLen : 1;
+  Pack<T, kChannelLast ? kVec : kVec * kStateLen> packs_[kPacks];
+};
+
+template <class T, int kWidth, bool kChannelLast>
 __global__ void __launch_bounds__(kThreads) update_one_token(const CausalConv1dUpdateParams p) {
   using Acc = Accumulate<T>;
-  constexpr int kVec = 16 / (kStateLen * sizeof(T));  // channels
+  constexpr int kVec = kChannels<T>;
   const unsigned c = (blockIdx.y * kThreads + threadIdx.x) * kVec;
   const unsigned first_row = blockIdx.x * kRows;
   if (c >= p.dim) return;
 
-  T* const states = static_cast<T*>(p.conv_state.data) + c * kStateLen;
+  T* const states = static_cast<T*>(p.conv_state.data) + c * p.conv_state.stride[1];
   const T* const x = static_cast<const T*>(p.x.data) + c;
   T* const out = static_cast<T*>(p.out.data) + c;
   int64_t slot[kRows];
-  Pack<T, kStateLen * kVec> state[kRows];
+  CacheColumns<T, kVec, kChannelLast> state[kRows];
   Pack<T, kVec> input[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -47,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) update_one_token(const CausalConv1dU
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (slot[r] < 0) continue;
-    state[r].load(states + slot[r] * p.conv_state.stride[0]);
+    state[r].load(states + slot[r] * p.conv_state.stride[0], p.conv_state.stride[2]);
     input[r].load(x + (first_row + r) * p.x.stride[0]);
   }
   const Taps<T, kVec, kWidth> taps(p.weight, p.bias, c);
@@ -57,23 +97,17 @@ __global__ void __launch_bounds__(kThreads) update_one_token(const CausalConv1dU
     if (first_row + r >= p.batch) break;
     Acc sum[kVec] = {};
     if (slot[r] >= 0) {
-      Acc columns[kStateLen * kVec];  // the new cache
+      state[r].push(input[r]);
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-#pragma unroll
-        for (int j = 0; j < kStateLen - 1; ++j) {
-          columns[e * kStateLen + j] = state[r][e * kStateLen + j + 1];
-        }
-        columns[e * kStateLen + kStateLen - 1] = input[r][e];
         sum[e] = taps.bias[e];
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          sum[e] += taps.weight[k][e] * columns[e * kStateLen + kStateLen - kWidth + k];
+          sum[e] += taps.weight[k][e] * state[r](e, kStateLen - kWidth + k);
         }
         if (p.silu) sum[e] = silu(sum[e]);
       }
-      state[r].round(columns);  // exact: they come from T
-      state[r].store(states + slot[r] * p.conv_state.stride[0]);
+      state[r].store(states + slot[r] * p.conv_state.stride[0], p.conv_state.stride[2]);
     }
     Pack<T, kVec> rounded;
     rounded.round(sum);
@@ -101,8 +135,7 @@ __global__ void __launch_bounds__(kThreads) update_any(const CausalConv1dUpdateP
   const bool ring = given(p.cache_seqlens);
   int64_t next = 0;  // column of the first new token: with a ring its place, else behind the others
   if (ring && length > 0) {
-    next = load_index(p.cache_seqlens.data, p.cache_seqlens.dtype,
-                            b * p.cache_seqlens.stride[0]) %
+    next = load_index(p.cache_seqlens.data, p.cache_seqlens.dtype, b * p.cache_seqlens.stride[0]) %
            length;
     if (next < 0) next += length;
   }
@@ -161,19 +194,22 @@ __global__ void __launch_bounds__(kThreads) varlen_states(const CausalConv1dVarl
                                  column * p.states.stride[2]] = value;
 }
 
-/// True if the call is what update_one_token is made for.
+/// True if update_one_token takes the call, from a cache of the given layout.
 template <class T>
-bool is_one_token(const CausalConv1dUpdateParams& p) {
-  constexpr int kVec = std::max<int>(16 / (kStateLen * sizeof(T)), 1);
+bool is_one_token(const CausalConv1dUpdateParams& p, bool channel_last) {
+  constexpr int kVec = kChannels<T>;
   constexpr int64_t kMostBlocks = 65535;  // of a grid in y
+  const View<3>& state = p.conv_state;
   const auto aligned = [](const View<3>& v) {
     return reinterpret_cast<uintptr_t>(v.data) % (kVec * sizeof(T)) == 0 && v.stride[0] % kVec == 0;
   };
-  return sizeof(T) <= 4 && p.seqlen == 1 && p.state_len == kStateLen && has_own_arm(p.width) &&
+  const bool dense = channel_last
+                         ? state.stride[1] == 1 && aligned(state) && state.stride[2] % kVec == 0
+                         : state.stride[2] == 1 && state.stride[1] == kStateLen &&
+                               allows_vectors<T>(state.data, state.stride[0]);
+  return p.seqlen == 1 && p.state_len == kStateLen && has_own_arm(p.width) &&
          !given(p.cache_seqlens) && p.batch <= INT32_MAX && p.dim % kVec == 0 &&
-         p.dim <= kMostBlocks * kThreads * kVec && p.conv_state.stride[2] == 1 &&
-         p.conv_state.stride[1] == kStateLen &&
-         allows_vectors<T>(p.conv_state.data, p.conv_state.stride[0]) && p.x.stride[1] == 1 &&
+         p.dim <= kMostBlocks * kThreads * kVec && dense && p.x.stride[1] == 1 &&
          p.out.stride[1] == 1 && aligned(p.x) && aligned(p.out);
 }
 
@@ -185,12 +221,18 @@ CudaStatus launch_causal_conv1d_update(const CausalConv1dUpdateParams& p,
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.batch == 0 || p.dim == 0 || p.seqlen == 0) return cudaSuccess;
   if constexpr (sizeof(T) <= 4) {
-    if (is_one_token<T>(p)) {
-      constexpr int kVec = 16 / (kStateLen * sizeof(T));
-      const dim3 grid(static_cast<unsigned>(ceil_div(p.batch, kRows)),
-                      static_cast<unsigned>(ceil_div(p.dim / kVec, kThreads)));
-      for_width(p.width,
-                [&](auto width) { update_one_token<T, width><<<grid, kThreads, 0, stream>>>(p); });
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.batch, kRows)),
+                    static_cast<unsigned>(ceil_div(p.dim / kChannels<T>, kThreads)));
+    if (is_one_token<T>(p, /*channel_last=*/false)) {
+      for_width(p.width, [&](auto width) {
+        update_one_token<T, width, false><<<grid, kThreads, 0, stream>>>(p);
+      });
+      return cudaGetLastError();
+    }
+    if (is_one_token<T>(p, /*channel_last=*/true)) {
+      for_width(p.width, [&](auto width) {
+        update_one_token<T, width, true><<<grid, kThreads, 0, stream>>>(p);
+      });
       return cudaGetLastError();
     }
   }

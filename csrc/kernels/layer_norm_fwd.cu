@@ -163,6 +163,8 @@ __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) 
   }
 }
 
+constexpr int kManyThreads = 256;  // of a team
+
 template <class T>
 RowPlan plan(const LayerNormParams& p) {
   bool vectors = false;
@@ -183,7 +185,9 @@ template <class T>
 CudaStatus launch_layer_norm_fwd(const LayerNormParams& p, CudaStream stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.rows == 0 || p.channels == 0) return cudaSuccess;
-  const RowPlan rows = plan<T>(p);
+  RowPlan rows = plan<T>(p);
+  // Large teams gain more from blocks that come and go than from rows that they fetch ahead.
+  if (rows.vectors > 0 && rows.teams.threads >= kManyThreads) rows.teams.strips = p.rows;
   if constexpr (sizeof(T) <= 4) {
     for_vectors<T>(rows.vectors, [&](auto vectors) {
       launch_rows(forward_vectors<T, vectors>, rows, stream, p, rows.teams);

@@ -62,7 +62,7 @@ struct UpdateVectorsParams {
   unsigned heads_of_group;  // that read one group of B and C
   bool packed_A;            // float32 and allows vectors
   bool packed_BC;           // B and C allow packs, like the state
-  bool dt_softplus;
+  bool dt_softplus, A_is_log;
   View<1> state_batch_indices;
   NarrowView<4> state;
   NarrowView<3> x, dt, z, A, B, C, out;  // of one token
@@ -264,6 +264,16 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
   };
   load_projections(token, 0);
 
+  Acc rate[kTied ? 1 : kVectors][kTied ? 1 : kVec];  // A
+#pragma unroll
+  for (int v = 0; v < (kTied ? 1 : kVectors); ++v) {
+#pragma unroll
+    for (int e = 0; e < (kTied ? 1 : kVec); ++e) {
+      rate[v][e] = A[v].value(p.A.dtype, e);
+      if (p.A_is_log) rate[v][e] = -fast_exp2(Acc(kLog2E) * rate[v][e]);
+    }
+  }
+
   // With several tokens the states are kept as sums are, and rounded at the end.
   Acc held[kTokens ? kItems : 1][kTokens ? kVectors : 1][kVec] = {};
   if constexpr (kTokens) {
@@ -290,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
     const Acc own_input = delta * to_accumulate(token.x);
     // What a whole row shares of its decays: the decay, or the step.
     Acc own_decay = Acc(kLog2E) * delta;
-    if (kTied) own_decay = fast_exp2(own_decay * A[0].value(p.A.dtype, 0));
+    if (kTied) own_decay = fast_exp2(own_decay * rate[0][0]);
     Acc sums[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -304,8 +314,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
         Acc s[kVec];
 #pragma unroll
         for (int e = 0; e < kVec; ++e) {
-          const Acc factor =
-              kTied ? decay : fast_exp2(decay * A[kTied ? 0 : v].value(p.A.dtype, e));
+          const Acc factor = kTied ? decay : fast_exp2(decay * rate[kTied ? 0 : v][kTied ? 0 : e]);
           const Acc before = kTokens ? held[kTokens ? i : 0][kTokens ? v : 0][e] : state[i][v][e];
           s[e] = factor * before + input * token.B[kTied ? 0 : i][v][e];
           sums[i] += s[e] * token.C[kTied ? 0 : i][v][e];
@@ -398,7 +407,8 @@ __global__ void __launch_bounds__(kThreads) update_any(const SelectiveStateUpdat
         }
         for (int64_t n = lane; n < p.dstate; n += kWarpSize) {
           const int64_t state = offset(p.state, slot, h, d, n);
-          const Acc A = element(p.A, h, d, n);
+          Acc A = element(p.A, h, d, n);
+          if (p.A_is_log) A = -exp(A);
           Acc s = load_as<Acc>(p.state.data, p.state.dtype, state);
           const auto advance = [&](int64_t t, Acc delta, Acc x) {
             s = fma(exp(delta * A), s, delta * x * element(p.B, b, t, group, n));
@@ -462,6 +472,7 @@ bool launch_arm(const SelectiveStateUpdateParams& p, cudaStream_t stream) {
                allows_vectors<float>(p.A.data, p.A.stride[0], p.A.stride[1]);
   v.packed_BC = is_packed(p.B) && is_packed(p.C);
   v.dt_softplus = p.dt_softplus;
+  v.A_is_log = p.A_is_log;
   v.state_batch_indices = p.state_batch_indices;
   v.tokens = static_cast<int>(p.tokens);
   v.token_stride = {p.x.stride[1], p.dt.stride[1], p.z.stride[1],

@@ -1,5 +1,5 @@
-// Decode steps of a selective state space, Mamba-1 (nheads = ngroups = 1) and Mamba-2: one token for
-// each batch row or several in order, each from the state that the one before it left.
+// Decode steps of a selective state space, Mamba-1 (nheads = ngroups = 1) and Mamba-2: one token
+// for each batch row or several in order, each from the state that the one before it left.
 //
 //   d = dt + dt_bias;  with dt_softplus: d = log1p(exp(d)) where d <= 20
 //   s = exp(d A) s + d B x;   out = sum_n C s (+ D x);   out *= silu(z) with z
@@ -8,11 +8,15 @@
 // its own type once, after the last of them.
 //
 //   tensor               shape                                  dtype
-//   state                (num_slots, nheads, headdim, dstate)   float32, float16, bfloat16, float64;
+//   state                (num_slots, nheads, headdim, dstate)   float32, float16, bfloat16,
+//   float64;
 //                                                               updated in place through any stride
 //   x, z, out            (batch, tokens, nheads, headdim)       T: as state, on its own
 //   dt                   (batch, tokens, nheads, headdim)       T or float32
-//   A                    (nheads, headdim, dstate)              float32, float16, bfloat16 (float64)
+//   A                    (nheads, headdim, dstate)              float32, float16, bfloat16
+//   (float64);
+//                                                               with A_is_log: log(-A), as models
+//                                                               keep it
 //   B, C                 (batch, tokens, ngroups, dstate)       T; head h reads group
 //                                                               h / (nheads / ngroups)
 //   D, dt_bias           (nheads, headdim)                      as A, each on its own; optional
@@ -33,7 +37,7 @@ namespace mamba_ssm::kernels {
 
 struct SelectiveStateUpdateParams {
   int64_t batch, tokens, nheads, headdim, ngroups, dstate, num_slots;
-  bool dt_softplus;
+  bool dt_softplus, A_is_log;
   DType dtype;  // T
   View<4> state;
   View<4> x, dt, z;

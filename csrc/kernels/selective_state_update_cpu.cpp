@@ -100,6 +100,12 @@ inline void store_run(const Run& run, int count, Vector<S> v) {
   with_access<S>(run, count, [&](auto access) { access.store(0, v); });
 }
 
+/// A from what stands in memory.
+template <class S>
+inline Vector<S> rates(const SelectiveStateUpdateParams& p, Vector<S> A) {
+  return p.A_is_log ? -exp_precise(A) : A;
+}
+
 /// Tokens that pass over the states together: each has a sum for each channel under way.
 constexpr int kTokensOfPass = 8;
 
@@ -132,7 +138,7 @@ __attribute__((always_inline)) inline Token<S> load_token(const SelectiveStateUp
   if (c.one_decay) {
     Run A = run(p.A, c.h, c.d0, 0);
     A.stride = p.A.stride[1];
-    store(token.decay, exp_precise(d * load_run<S>(A, c.count)));
+    store(token.decay, exp_precise(d * rates<S>(p, load_run<S>(A, c.count))));
   }
   return token;
 }
@@ -198,7 +204,7 @@ void update_tokens(const SelectiveStateUpdateParams& p, const Channels& c, int64
         } else {
           advance_by([&](int i) {
             const Run row = {A.data, A.dtype, A.offset + i * A_stride, A.stride};
-            return exp_precise(token.dt[i] * load_run<S>(row, width));
+            return exp_precise(token.dt[i] * rates<S>(p, load_run<S>(row, width)));
           });
         }
         if (!kAlone && !again && p.intermediate_states) {

@@ -200,10 +200,11 @@ Tensor MambaImpl::step(const Tensor& hidden_states, const Tensor& conv_state,
   const auto projected =
       project(x_proj, x).split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
   const Tensor delta = at::linear(projected[0], dt_proj->weight);
-  const Tensor y =
-      selective_state_update(ssm_state.detach(), x, delta, A(), projected[1], projected[2], D, z,
-                             dt_proj->bias, /*state_batch_indices=*/std::nullopt,
-                             /*dt_softplus=*/true);
+  const auto [A, A_is_log] = A_of_step(A_log);
+  const Tensor y = selective_state_update(
+      ssm_state.detach(), x, delta, A, projected[1], projected[2], D, z, dt_proj->bias,
+      /*state_batch_indices=*/std::nullopt, /*dt_softplus=*/true,
+      /*intermediate_states=*/std::nullopt, A_is_log);
   return project(out_proj, y).unsqueeze(1);
 }
 

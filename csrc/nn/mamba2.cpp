@@ -277,13 +277,15 @@ Tensor Mamba2Impl::step(const Tensor& hidden_states, const Tensor& conv_state,
   if (limited) {
     dt = at::softplus(to_accumulate_type(dt) + to_accumulate_type(dt_bias)).clamp(dt_min, dt_max);
   }
+  const auto [A, A_is_log] = A_of_step(A_log);
   const Tensor y = selective_state_update(
       ssm_state.detach(), by_head(x_B_C[0]), per_channel(dt),
-      per_channel(A()).unsqueeze(-1).expand({-1, -1, options.d_state()}), by_group(x_B_C[1]),
+      per_channel(A).unsqueeze(-1).expand({-1, -1, options.d_state()}), by_group(x_B_C[1]),
       by_group(x_B_C[2]), options.D_has_hdim() ? D_by_head() : per_channel(D),
       norm ? std::nullopt : std::optional<Tensor>(by_head(parts.z)),
       limited ? std::nullopt : std::optional<Tensor>(per_channel(dt_bias)),
-      /*state_batch_indices=*/std::nullopt, /*dt_softplus=*/!limited);
+      /*state_batch_indices=*/std::nullopt, /*dt_softplus=*/!limited,
+      /*intermediate_states=*/std::nullopt, A_is_log);
   return project_out(parts, y.flatten(1)).unsqueeze(1);
 }
 

@@ -7,6 +7,7 @@
 #include <torch/nn/modules/linear.h>
 
 #include <optional>
+#include <utility>
 
 namespace mamba_ssm {
 
@@ -22,6 +23,13 @@ inline at::Tensor project(const torch::nn::Linear& layer, const at::Tensor& x) {
 /// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.
 inline at::Tensor to_accumulate_type(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
+}
+
+/// A of selective_state_update, and whether it is given as log(-A): on a GPU, where a step is as long
+/// as its launches are many, but not on a CPU, where the exponentials would be taken for every row.
+inline std::pair<at::Tensor, bool> A_of_step(const at::Tensor& A_log) {
+  if (A_log.is_cuda()) return {A_log, true};
+  return {-at::exp(to_accumulate_type(A_log)), false};
 }
 
 /// The contents of a cache as an input of an op. Autograd may keep that input while the cache is

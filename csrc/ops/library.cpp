@@ -56,7 +56,8 @@ STABLE_TORCH_LIBRARY(mamba_ssm, m) {
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, Tensor? state_batch_indices=None, "
-      "*, bool dt_softplus=False, Tensor(b!)? intermediate_states=None) -> Tensor");
+      "*, bool dt_softplus=False, Tensor(b!)? intermediate_states=None, "
+      "bool A_is_log=False) -> Tensor");
 
   // Schemas know no infinite default: without dt_max there is no upper limit.
   m.def(

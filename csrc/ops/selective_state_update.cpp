@@ -31,7 +31,7 @@ View<kRank> view_with_axes(const OptionalTensor& tensor, const bool (&present)[k
 Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
                               OptionalTensor D, OptionalTensor z, OptionalTensor dt_bias,
                               OptionalTensor state_batch_indices, bool dt_softplus,
-                              OptionalTensor intermediate_states) {
+                              OptionalTensor intermediate_states, bool A_is_log) {
   const StableChecks checks("selective_state_update", "state", state);
   const auto sizes = check_selective_state_update(checks, state, x, dt, A, B, C, D, z, dt_bias,
                                                   state_batch_indices, intermediate_states);
@@ -48,6 +48,7 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tenso
   p.dstate = sizes.dstate;
   p.num_slots = sizes.num_slots;
   p.dt_softplus = dt_softplus;
+  p.A_is_log = A_is_log;
   p.dtype = dtype_of(x.scalar_type());
   const bool tokens = sizes.with_tokens, heads = sizes.with_heads;
   const bool row[] = {true, tokens, heads, true};

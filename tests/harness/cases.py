@@ -436,6 +436,7 @@ class StateUpdate(Case):
     dt_softplus: bool = True
     tied: str | None = None  # "head": A, dt, dt_bias expanded from one decay per head; "channel":
     # A expanded over dstate
+    A_is_log: bool = False  # but in exact cases: no logarithm is
 
     def values(self, draw):
         exact = self.exact
@@ -462,6 +463,9 @@ class StateUpdate(Case):
             low, high = (-3, 30) if self.dt_softplus else (-0.05, 0.6)
             values["dt"] = draw.uniform(low, high, *outer, *rows)
             values["A"] = -draw.uniform(0.05, 1.5, *rows, states)
+            if self.A_is_log:
+                values["A"] = torch.log(-values["A"])
+                values["A_is_log"] = True
             bias = draw.uniform(-0.1, 0.1, *rows)
         if self.dt_bias:
             values["dt_bias"] = bias

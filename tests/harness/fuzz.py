@@ -229,6 +229,7 @@ def _state_update(rng, dtype):
         "dt_bias": _flag(rng),
         "dt_softplus": _flag(rng),
         "tied": rng.choice([None, None, None, "head", "channel"]),
+        "A_is_log": _flag(rng),
     }
 
 

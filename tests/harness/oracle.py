@@ -524,7 +524,10 @@ def selective_state_update(
     state_batch_indices=None,
     dt_softplus=False,
     intermediate_states=None,
+    A_is_log=False,
 ):
+    if A_is_log:
+        A = -torch.exp(A)
     heads = state.dim() == 4
     with_tokens = x.dim() == state.dim()
     new_state = state.clone()

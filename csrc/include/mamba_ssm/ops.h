@@ -87,7 +87,8 @@ MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> selective_scan(
 /// (batch, [tokens,] ngroups, dstate); D, dt_bias (nheads, headdim). The rank of x says whether there
 /// is an axis of tokens. state may have any floating dtype, dt that of x or float32.
 /// state_batch_indices (batch), int32 or int64, names the slot of each row, as conv_state_indices
-/// does in causal_conv1d_update. Returns out, like x. Not differentiable.
+/// does in causal_conv1d_update. With A_is_log, A is given as log(-A), as models keep it. Returns
+/// out, like x. Not differentiable.
 ///
 /// intermediate_states (batch, [tokens,] [nheads,] headdim, dstate), of any floating dtype that state
 /// may have, receives the state after each token, so that a caller who rejects the last tokens goes
@@ -101,7 +102,7 @@ MAMBA_SSM_API at::Tensor selective_state_update(
     const std::optional<at::Tensor>& z = std::nullopt,
     const std::optional<at::Tensor>& dt_bias = std::nullopt,
     const std::optional<at::Tensor>& state_batch_indices = std::nullopt, bool dt_softplus = false,
-    const std::optional<at::Tensor>& intermediate_states = std::nullopt);
+    const std::optional<at::Tensor>& intermediate_states = std::nullopt, bool A_is_log = false);
 
 /// SSD chunk scan, the recurrence of Mamba-2: h_t = exp(d_t A) h_{t-1} + d_t x_t B_t^T,
 /// y_t = h_t C_t + D x_t, out = y silu(z), with one decay per head and d = dt + dt_bias, through

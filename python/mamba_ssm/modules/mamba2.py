@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from mamba_ssm.modules._hub import HubMixin
 from mamba_ssm.modules._parts import (
+    A_of_step,
     is_plain,
     read_cache,
     states_from_cache,
@@ -273,17 +274,19 @@ class Mamba2(nn.Module, HubMixin):
             return M[..., None].expand(*M.shape, self.headdim)
 
         D = self._D()
+        A, A_is_log = A_of_step(self.A_log)
         y = ops.selective_state_update(
             ssm_state.detach(),
             x,
             per_channel(dt),
-            per_channel(self._A())[..., None].expand(-1, -1, self.d_state),
+            per_channel(A)[..., None].expand(-1, -1, self.d_state),
             B,
             C,
             D=D if D.dim() == 2 else per_channel(D),
             z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
             dt_bias=None if dt_bias is None else per_channel(dt_bias),
             dt_softplus=softplus,
+            A_is_log=A_is_log,
         )
         out = self.out_proj(self._gate(z0, x0, z, y.flatten(1)))
         return out[:, None], conv_state, ssm_state

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba_ssm.modules._parts import (
+    A_of_step,
     is_plain,
     read_cache,
     states_from_cache,
@@ -185,20 +186,22 @@ class Mamba(nn.Module):
         x = step_conv1d(self.conv1d, self.act, x, conv_state)
         dt, B, C = self._split(self.x_proj(x).to(x.dtype), dim=-1)
         if is_plain(self.dt_proj, nn.Linear):
-            dt, dt_bias = F.linear(dt, self.dt_proj.weight), upcast(self.dt_proj.bias)
+            dt, dt_bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
         else:
             dt, dt_bias = self.dt_proj(dt), None
+        A, A_is_log = A_of_step(self.A_log)
         y = ops.selective_state_update(
             ssm_state.detach(),
             x,
             dt.to(x.dtype),
-            self._A(),
+            A,
             B,
             C,
-            D=upcast(self.D),
+            D=self.D,
             z=z,
             dt_bias=dt_bias,
             dt_softplus=True,
+            A_is_log=A_is_log,
         )
         return self.out_proj(y)[:, None], conv_state, ssm_state
 

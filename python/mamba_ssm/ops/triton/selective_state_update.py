@@ -18,6 +18,7 @@ def selective_state_update(
     state_batch_indices=None,
     *,
     intermediate_states=None,
+    A_is_log=False,
 ):
     """Advances `state` by one token or several in order, in place, and returns their outputs.
 
@@ -37,6 +38,7 @@ def selective_state_update(
             dstate), any strides and floating dtype: receives the state after each token; what
             belongs to padding stays as it is. When only the first n tokens of a row are accepted,
             its state is intermediate_states[row, n - 1].
+        A_is_log: A is given as log(-A), the way models keep it.
 
     Returns out, in x's shape and dtype. The state is kept in its own dtype; sums run in float32, and
     so does the state from token to token: several tokens equal a call for each, bit for bit if
@@ -56,6 +58,7 @@ def selective_state_update(
         state_batch_indices,
         dt_softplus=bool(dt_softplus),
         intermediate_states=intermediate_states,
+        A_is_log=A_is_log,
     )
 
 
