@@ -44,13 +44,13 @@ models = pytest.mark.parametrize("ssm_cfg", [MAMBA, MAMBA2], ids=["Mamba", "Mamb
 @models
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_a_pickle(ssm_cfg, tied, tmp_path, capsys):
-    model = make(ssm_cfg | {"dt_limit": [0.5, 2.0]} if "dt_limit" in ssm_cfg else ssm_cfg)
+    model = make(ssm_cfg, tie_embeddings=tied)
     write_pickle(model, tmp_path / "in")
     (tmp_path / "in" / text.TOKENIZER).write_text("{}")
     (tmp_path / "in" / "notes.txt").write_text("")
     out = tmp_path / "a" / "out"
     assert main(["convert", str(tmp_path / "in"), str(out)]) == 0
-    assert "(mamba_ssm)" in capsys.readouterr().out
+    assert f"{tmp_path / 'in'} (mamba_ssm) -> {out}" in capsys.readouterr().out
     names = ["config.json", "model.safetensors", text.TOKENIZER]
     assert sorted(path.name for path in out.iterdir()) == names
     assert_same_logits(MambaLMHeadModel.from_pretrained(out), model, rtol=0, atol=0)
@@ -109,7 +109,7 @@ def test_defaults_of_transformers():
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon must be 1e-05, got 1e-06"),
         ({"num_heads": 3}, r"num_heads * head_dim = 24 is not expand * hidden_size"),
-        ({"hidden_size": None}, "d_model must be an integer"),
+        ({"num_hidden_layers": "2"}, "n_layer must be an integer"),
         ({"vocab_size": 57}, "size mismatch"),
         ({"num_hidden_layers": ...}, "'num_hidden_layers' is missing"),
         ({"time_step_limit": 3}, "config.json"),
@@ -180,7 +180,9 @@ def test_refusals(tmp_path, capsys):
     assert "not an empty folder" in told(2, tmp_path / "in", full / "thesis.tex")
     assert "no such folder" in told(1, tmp_path / "missing", tmp_path / "out")
     (tmp_path / "in" / "model.safetensors").unlink()
-    assert "no model.safetensors, no pytorch_model.bin" in told(1, tmp_path / "in", tmp_path / "out")
+    assert "no model.safetensors, no pytorch_model.bin" in told(
+        1, tmp_path / "in", tmp_path / "out"
+    )
 
     class Program:
         def __reduce__(self):
