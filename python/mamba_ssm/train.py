@@ -268,10 +268,12 @@ class Trainer:
         """
         settings = self.settings
         self.stopped = False
-        begin, first = time.monotonic() - self.seconds, self.step
+        begin, first, busy = time.monotonic() - self.seconds, self.step, 0.0
         with Progress(self) as progress:
             while self.done() < 1 and not self.stopped:
+                busy -= time.monotonic()
                 loss = self.train_step()
+                busy += time.monotonic()
                 self._agree(loss, time.monotonic() - begin, stop())
                 progress.report()
                 at_end = self.done() >= 1
@@ -281,8 +283,7 @@ class Trainer:
                         self.save(folder)
         steps = self.step - first
         tokens = steps * settings.accumulate * self.ranks * settings.batch_size * settings.seqlen
-        rate = tokens / max(time.monotonic() - begin, 1e-9)
-        self.say(f"trained {steps} steps, {rate:,.0f} tokens/s")
+        self.say(f"trained {steps} steps, {tokens / max(busy, 1e-9):,.0f} tokens/s")
 
     def _agree(self, loss, seconds, stop):
         """Takes the mean loss, rank 0's time, and whether one of the ranks wants to stop."""

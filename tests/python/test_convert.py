@@ -50,7 +50,9 @@ def test_from_a_pickle(ssm_cfg, tied, tmp_path, capsys):
     (tmp_path / "in" / "notes.txt").write_text("")
     out = tmp_path / "a" / "out"
     assert main(["convert", str(tmp_path / "in"), str(out)]) == 0
-    assert f"{tmp_path / 'in'} (mamba_ssm) -> {out}" in capsys.readouterr().out
+    parameters = sum(p.numel() for p in model.parameters())
+    told = f"{tmp_path / 'in'} (mamba_ssm) -> {out} (mamba_ssm): {parameters:,} parameters\n"
+    assert capsys.readouterr().out == told
     names = ["config.json", "model.safetensors", text.TOKENIZER]
     assert sorted(path.name for path in out.iterdir()) == names
     assert_same_logits(MambaLMHeadModel.from_pretrained(out), model, rtol=0, atol=0)

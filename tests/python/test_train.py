@@ -230,15 +230,17 @@ def test_learning_rate():
 
 
 def test_without_extras(tmp_path, monkeypatch, capsys):
-    """Lines instead of a bar without tqdm, and no curve without matplotlib."""
+    """Lines instead of a bar, no curve, and the files' format from our own library."""
     monkeypatch.setattr(train, "tqdm", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(train, "SECONDS_BETWEEN_LINES", 0)
     assert start(tmp_path, "--headdim", 8, "--steps", 2) == 0
     output = capsys.readouterr().out
     assert re.search(r"\b1/2 steps, step 1, [0-9.]+ bits per byte\n", output)
     assert "matplotlib is not installed" in output
     assert not (tmp_path / "loss.png").exists()
+    assert resume(tmp_path, "--steps", 3) == 0
 
 
 def test_loss_curve(tmp_path):

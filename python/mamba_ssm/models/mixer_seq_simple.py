@@ -297,6 +297,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         except Exception as error:
             raise ValueError(f"{where}: no such model can be made: {error}") from error
         model.load_state_dict(state_dict, assign=True)  # compares names and shapes
+        model.tie_weights()
         return model
 
     def save_pretrained(self, save_directory):
