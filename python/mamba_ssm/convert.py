@@ -115,7 +115,9 @@ def read(name, dtype=None):
         try:
             state_dict = load_state_dict_hf(name, dtype=dtype, use_safetensors=False)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name}: no model.safetensors, no pytorch_model.bin") from error
+            raise FileNotFoundError(
+                f"{name}: no model.safetensors, no pytorch_model.bin"
+            ) from error
     layout = "mamba_ssm"
     try:
         if isinstance(values, dict) and "model_type" in values:

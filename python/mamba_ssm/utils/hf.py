@@ -50,7 +50,9 @@ def load_state_dict_hf(model_name, device=None, dtype=None, *, use_safetensors=T
         if state_dict is None:
             raise FileNotFoundError(f"{folder}: no {_PICKLE}, and no index of shards of it")
     else:
-        folder = checkpoint_folder(model_name, [_SAFETENSORS, _index(_SAFETENSORS), "model-*.safetensors"])
+        folder = checkpoint_folder(
+            model_name, [_SAFETENSORS, _index(_SAFETENSORS), "model-*.safetensors"]
+        )
         state_dict = _read_weights(folder, _SAFETENSORS, load_safetensors)
         if state_dict is None:
             raise FileNotFoundError(
