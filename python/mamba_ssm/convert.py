@@ -60,8 +60,8 @@ examples:
   mamba-ssm convert folder-of-transformers model
   mamba-ssm convert model folder-for-transformers --to transformers
 
-Reads model.safetensors, or shards of it, or else pytorch_model.bin, with torch.load(weights_only=True),
-which runs no code. Writes config.json, model.safetensors and the files of the tokenizer.
+Reads model.safetensors, or shards of it, or else pytorch_model.bin, which runs no code, with
+torch.load(weights_only=True). Writes config.json, model.safetensors and the files of the tokenizer.
 """
 
 

@@ -2,13 +2,19 @@
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from mamba_ssm import MambaLMHeadModel
-from mamba_ssm._command import ArgumentError, count, default_device, device, fraction, natural
-from mamba_ssm._command import positive
+from mamba_ssm._command import (
+    ArgumentError,
+    count,
+    default_device,
+    device,
+    fraction,
+    natural,
+    positive,
+)
 from mamba_ssm.text import checkpoint_tokenizer, load_tokenizer
 from mamba_ssm.utils.hf import load_config_hf
 
@@ -21,8 +27,8 @@ examples:
   mamba-ssm generate model --greedy --device cpu --dtype bfloat16 < start.txt > text.txt
   mamba-ssm generate OWNER/NAME --tokenizer OWNER/OTHER --prompt "It was "
 
-Models of `mamba-ssm train` are ready; `mamba-ssm convert` makes others so. Prompt and output are text
-with the tokenizer of the model, bytes of UTF-8 in models of up to 256 tokens, and else token ids.
+Models of `mamba-ssm train` are ready; `mamba-ssm convert` makes others so. Prompt and output are
+text with the tokenizer of the model, UTF-8 in models of up to 256 tokens, and else token ids.
 Text goes to stdout, speeds go to stderr. Equal arguments give equal text.
 """
 
@@ -103,23 +109,24 @@ def run(args):
 
 
 def load_model(name, where, dtype):
-    """The model of a folder or of the hub. Raises ValueError for other layouts that `convert` reads."""
+    """The model of a folder or of the hub. Errors name `convert` where that may help."""
     if isinstance(config := load_config_hf(name), dict) and "model_type" in config:
         raise ValueError(
-            f"{name} has the layout of transformers: mamba-ssm convert {name} FOLDER makes one that "
-            "generate reads"
+            f"{name} has the layout of transformers: mamba-ssm convert {name} FOLDER makes a "
+            "folder that generate reads"
         )
-    if Path(name).is_dir() and not any(Path(name).glob("model*.safetensors*")):
-        if any(Path(name).glob("pytorch_model*.bin*")):
-            raise ValueError(
-                f"{name} has its weights as a pickle: mamba-ssm convert {name} FOLDER makes a folder "
-                "that generate reads"
-            )
-    return MambaLMHeadModel.from_pretrained(name, device=where, dtype=dtype).eval()
+    try:
+        model = MambaLMHeadModel.from_pretrained(name, device=where, dtype=dtype)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} has no model.safetensors; if it has a pytorch_model.bin, mamba-ssm convert "
+            f"{name} FOLDER makes a folder that generate reads"
+        ) from error
+    return model.eval()
 
 
 class TextStream:
-    """What `generate` calls with tokens: writes text to stdout as soon as characters are complete."""
+    """Takes tokens as `generate` draws them, and writes characters to stdout when complete."""
 
     def __init__(self, prompt, tokenizer):
         self.prompt, self.step = prompt, tokenizer.stream()
@@ -144,10 +151,8 @@ class TextStream:
     def print_speed(self):
         """Tokens per second of the prompt, up to the first new token, and of the others."""
         start, first, *others = self.times
-        print(
-            f"prompt: {self.prompt_tokens} tokens, {self.prompt_tokens / (first - start):,.0f} tokens/s",
-            file=sys.stderr,
-        )
+        rate = self.prompt_tokens / (first - start)
+        print(f"prompt: {self.prompt_tokens} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
         if others:
             rate = len(others) / (others[-1] - first)
             print(f"new: {1 + len(others)} tokens, {rate:,.0f} tokens/s", file=sys.stderr)

@@ -50,7 +50,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """The tokenizer of a folder with tokenizer.json, read by the package tokenizers (extra "hub")."""
+    """The tokenizer.json of a folder, read by the package tokenizers (extra "hub")."""
 
     def __init__(self, folder):
         try:
@@ -138,8 +138,8 @@ def load_tokenizer(name):
 def checkpoint_tokenizer(name, vocab_size):
     """The tokenizer of a model, a folder or of the hub.
 
-    Without a tokenizer.json, models of up to 256 tokens are byte-level ones, as those of the command
-    `train`; others have token ids instead of text, as they have without the package tokenizers.
+    Without a tokenizer.json, models of up to 256 tokens are byte-level ones, as those of `train`;
+    others have token ids instead of text, as they have without the package tokenizers.
     """
     folder = checkpoint_folder(name, TOKENIZER_FILES)
     if (folder / TOKENIZER).is_file():
@@ -175,7 +175,9 @@ class Corpus:
         Every tenth piece is held out: the same kind of text, none of it seen. Raises ValueError for
         a text that is too short, and what reading raises.
         """
-        contents = read_texts(paths)
+        contents, digest = read_texts(paths), hashlib.sha256()
+        for content in contents:
+            digest.update(content)
         tokens = torch.cat([tokenizer.encode_file(content) for content in contents])
         if len(tokens) < 10 * (seqlen + 1):
             raise ValueError(
@@ -186,7 +188,7 @@ class Corpus:
             train=torch.cat([piece for i, piece in enumerate(pieces) if i % 10 != 9]),
             held_out=torch.cat(pieces[9::10]),
             bytes_per_token=sum(map(len, contents)) / len(tokens),
-            digest=hashlib.sha256(b"".join(contents)).hexdigest(),
+            digest=digest.hexdigest(),
         )
 
 

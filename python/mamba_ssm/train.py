@@ -69,7 +69,7 @@ class Settings:
     ranks: int = 1
 
     def ssm_cfg(self):
-        """Keyword arguments of the blocks. Raises ArgumentError for a headdim that Mamba has not."""
+        """Keyword arguments of the blocks. Raises ArgumentError for a headdim in Mamba."""
         if self.layer == "Mamba":
             if self.headdim is not None:
                 raise ArgumentError("--headdim is for --layer Mamba2 only")
@@ -261,7 +261,7 @@ class Trainer:
         return total.item() / settings.accumulate
 
     def run(self, folder=None, stop=lambda: False):
-        """Trains until the settings' end, or until stop() is true at one of the ranks behind a step.
+        """Trains to the settings' end, or until stop() is true at one of the ranks after a step.
 
         Every save_every steps and at the end it measures the held-out text, and writes a checkpoint
         into the folder if there is one.

@@ -145,7 +145,7 @@ def test_accumulated_batches_are_one_batch(tmp_path, monkeypatch):
 # A checkpoint puts four files in their places: tensors, trainer.json, model, config.json.
 @pytest.mark.parametrize("failing", range(5, 9))
 def test_failed_checkpoint_leaves_a_training(failing, tmp_path, monkeypatch, capsys):
-    """Whatever file of the second checkpoint cannot be written, a resumed training ends the same."""
+    """Whatever file of the second checkpoint fails, a resumed training ends the same."""
     options = ["--headdim", 8, "--steps", 5, "--save-every", 2]
     assert start(tmp_path / "whole", *options) == 0
     replace, calls = os.replace, []
