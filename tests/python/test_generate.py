@@ -70,21 +70,21 @@ class Drawn:
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_text_of_a_byte_model(greedy, tmp_path, capsys):
+def test_text_of_a_byte_model(greedy, device, tmp_path, capsys):
     """What the model draws behind the prompt, with bytes that are no UTF-8 replaced."""
-    model, prompt = make(tmp_path), "Größe"
+    model, prompt = make(tmp_path).to(device), "Größe"
     options = ["--greedy"] if greedy else ["--seed", "5", "--temperature", "0.5"]
-    assert (
-        main(["generate", str(tmp_path), *CPU, "--prompt", prompt, "--tokens", "30", *options]) == 0
-    )
+    options += ["--device", device, "--tokens", "30"]
+    assert main(["generate", str(tmp_path), "--prompt", prompt, *options]) == 0
     captured = capsys.readouterr()
     ids = list(prompt.encode())
     expected = model.generate(
-        torch.tensor([ids]),
+        torch.tensor([ids], device=device),
         len(ids) + 30,
         top_k=1 if greedy else 0,
         temperature=0.5,
-        generator=torch.Generator().manual_seed(5),
+        generator=torch.Generator(device).manual_seed(5),
+        cg=True,
     )
     assert captured.out == bytes(expected[0].tolist()).decode(errors="replace") + "\n"
     assert re.fullmatch(

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -19,14 +22,15 @@ from mamba_ssm.__main__ import main
 from mamba_ssm.utils._safetensors import load_safetensors
 
 HARNESS = pathlib.Path(__file__).parents[1] / "harness"
-TINY = ["--device", "cpu", "--d-model", "16", "--n-layer", "1", "--d-state", "4"]
-TINY += ["--seqlen", "16", "--batch-size", "2"]
+TINY = ["--d-model", "16", "--n-layer", "1", "--d-state", "4", "--seqlen", "16"]
+TINY += ["--batch-size", "2", "--device"]
 RANKS = 2
 SECONDS = 120  # until a process counts as hung
 
 
-def start(folder, *options, texts=(HARNESS / "cases.py",)):
-    return main(["train", *map(str, texts), "--out", str(folder), *TINY, *map(str, options)])
+def start(folder, *options, texts=(HARNESS / "cases.py",), device="cpu"):
+    where = ["--out", str(folder), *TINY, device]
+    return main(["train", *map(str, texts), *where, *map(str, options)])
 
 
 def resume(folder, *options):
@@ -68,12 +72,12 @@ def interrupted_in_step(n):
 
 
 @pytest.mark.parametrize("layer", ["Mamba", "Mamba2"])
-def test_train(layer, tmp_path, capsys):
+def test_train(layer, device, tmp_path, capsys):
     """Learns files and folders, tells how well, and writes a model that others read."""
     headdim = ["--headdim", 8] if layer == "Mamba2" else []
     texts, folder = [HARNESS / "cases.py", HARNESS], tmp_path / "a" / "b"
     options = ["--steps", 60, "--save-every", 30, "--lr", 0.02, "--seed", 3, "--layer", layer]
-    assert start(folder, *options, *headdim, texts=texts) == 0
+    assert start(folder, *options, *headdim, texts=texts, device=device) == 0
     output = capsys.readouterr().out
     bits = [float(n) for n in re.findall(r"held out: ([0-9.]+) bits per byte", output)]
     assert len(bits) == 2 and bits[1] < bits[0] < 8
@@ -199,18 +203,23 @@ def test_what_may_change(tmp_path, capsys):
         assert "is damaged" in capsys.readouterr().err
 
 
-def test_minutes(tmp_path):
-    """The time of a resumed training goes on, and its learning rate with it."""
-    folder = tmp_path / "model"
+def test_minutes(tmp_path, monkeypatch):
+    """The time of a resumed training goes on, by a clock that shows a second more at each look."""
+    clock = types.SimpleNamespace(monotonic=functools.partial(next, itertools.count()))
+    monkeypatch.setattr(train, "time", clock)
+    options = ["--headdim", 8, "--minutes", 1]
+    assert start(tmp_path / "whole", *options) == 0
+    whole = state_of(tmp_path / "whole")[0]
+    assert 60 <= whole["seconds"] < 65
     with interrupted_in_step(4):
-        assert start(folder, "--headdim", 8, "--minutes", 0.05) == 130
-    before = state_of(folder)[0]["seconds"]
-    assert 0 < before < 3
-    assert resume(folder) == 0
-    state = state_of(folder)[0]
-    assert 3 <= state["seconds"] < 30 and state["step"] > 4
-    assert resume(folder, "--minutes", 0.01) == 0  # less than it has had
-    assert state_of(folder)[0]["step"] == state["step"]
+        assert start(tmp_path / "parts", *options) == 130
+    before = state_of(tmp_path / "parts")[0]
+    assert before["step"] == 4 and 4 <= before["seconds"] < 20
+    assert resume(tmp_path / "parts") == 0
+    after = state_of(tmp_path / "parts")[0]
+    assert after["step"] == whole["step"]
+    assert resume(tmp_path / "parts", "--minutes", 0.5) == 0  # less than it has had
+    assert state_of(tmp_path / "parts")[0]["step"] == after["step"]
 
 
 def test_learning_rate():
@@ -348,7 +357,17 @@ def interrupted(running, folder, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_with_a_checkpoint(number, tmp_path):
-    options = [HARNESS / "cases.py", *TINY, "--headdim", 8, "--steps", 10**6, "--save-every", 3]
+    options = [
+        HARNESS / "cases.py",
+        *TINY,
+        "cpu",
+        "--headdim",
+        8,
+        "--steps",
+        10**6,
+        "--save-every",
+        3,
+    ]
     running = process(*options, "--out", tmp_path)
     code, output = interrupted(running, tmp_path, number)
     assert code == 128 + number, output
@@ -359,7 +378,7 @@ def test_signals_end_with_a_checkpoint(number, tmp_path):
 def test_ranks(tmp_path):
     """Two ranks learn what one does from both their batches."""
     common = ["--headdim", 8, "--steps", 4, "--accumulate", 2]
-    options = [HARNESS / "cases.py", *TINY, *common, "--batch-size", 1]
+    options = [HARNESS / "cases.py", *TINY, "cpu", *common, "--batch-size", 1]
     running = process(*options, "--out", tmp_path / "two", ranks=RANKS)
     output, _ = running.communicate(timeout=SECONDS)
     assert running.returncode == 0, output
@@ -373,7 +392,17 @@ def test_ranks(tmp_path):
 
 
 def test_interrupted_ranks_leave_a_checkpoint(tmp_path):
-    options = [HARNESS / "cases.py", *TINY, "--headdim", 8, "--steps", 10**6, "--save-every", 3]
+    options = [
+        HARNESS / "cases.py",
+        *TINY,
+        "cpu",
+        "--headdim",
+        8,
+        "--steps",
+        10**6,
+        "--save-every",
+        3,
+    ]
     running = process(*options, "--out", tmp_path, ranks=RANKS)
     code, output = interrupted(running, tmp_path, signal.SIGINT)
     assert code != 0
