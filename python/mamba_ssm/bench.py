@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_ssm import Mamba, Mamba2
+from mamba_ssm._command import ArgumentError
 from mamba_ssm.bench_workload import (
     parallel_scan,
     scan_inputs,
@@ -35,6 +36,12 @@ CHECKED_DIM, CHECKED_SEQLEN = 64, 512  # part of a call that is compared with fl
 CHECKED_ROWS = 64
 SSD_CHUNK = 256  # what callers pass; the kernels have their own
 
+EPILOG = """\
+examples:
+  mamba-ssm bench                             all groups of this machine's kind, CPU or GPU
+  mamba-ssm bench scan ssd --json rows.json   two of a GPU's groups, and the rows as JSON
+"""
+
 
 def add_arguments(parser):
     parser.add_argument(
@@ -51,9 +58,9 @@ def run(args):
     groups = args.groups or [name for name in GROUPS if (name == "cpu") != gpu]
     unknown = [name for name in groups if name not in GROUPS]
     if unknown:
-        raise SystemExit(f"bench: unknown group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+        raise ArgumentError(f"unknown group {unknown[0]!r}; there are {', '.join(GROUPS)}")
     if not gpu and any(name != "cpu" for name in groups):
-        raise SystemExit("bench: torch sees no GPU; on the CPU there is the group cpu")
+        raise ArgumentError("torch sees no GPU; on the CPU there is the group cpu")
     torch.manual_seed(0)
     report = Report()
     if gpu and any(name != "cpu" for name in groups):

@@ -22,6 +22,13 @@ KEYS = {
 }  # dispatch keys and what they are called here
 TOLERANCE = 1e-5
 
+EPILOG = """\
+examples:
+  mamba-ssm doctor    versions, libraries, kernels, and a self-test of each operation per device
+
+The exit code is 1 if a self-test fails.
+"""
+
 
 def add_arguments(parser):
     del parser  # takes no arguments

@@ -198,3 +198,33 @@ def test_checkpoint_converts(count_in_matrix, tmp_path, device, name):
         logits = theirs(tokens).logits
     assert watch.calls.keys() == models.FAMILIES[name].evaluate
     torch.testing.assert_close(logits, ours(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["", "odd"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_convert(count_in_matrix, tmp_path, capsys, name, odd):
+    """`mamba-ssm convert`: what transformers saves is our model, and its own again."""
+    count_in_matrix(name, "convert")
+    from mamba_ssm.__main__ import main
+    from transformers import AutoModelForCausalLM
+
+    family = models.FAMILIES[name]
+    sizes = family.config | (family.odd if odd else {})
+    tied = odd != (name == "mamba")  # the default of the family, and the other one
+    model = models.new_model(
+        name, vocab_size=models.VOCABULARY, tie_word_embeddings=tied, **sizes
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "theirs")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+    arguments = [str(tmp_path / "ours"), str(tmp_path / "again"), "--to", "transformers"]
+    assert main(["convert", *arguments]) == 0
+    tokens = torch.randint(models.VOCABULARY, (2, 11))
+    ours = mamba_ssm.MambaLMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        logits = model(tokens).logits
+        torch.testing.assert_close(ours(tokens).logits, logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(tokens).logits, logits, rtol=0, atol=0)

@@ -1,11 +1,15 @@
-"""`python -m mamba_ssm`: the doctor, a small demo, and what the benchmark compares with."""
+"""`mamba-ssm` and `python -m mamba_ssm`: help, exit codes, the doctor, a small demo, and what the
+benchmark compares with. Training, generation and conversion have files of their own."""
 
+import importlib.metadata
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from mamba_ssm import bench_workload, doctor
+from mamba_ssm import __version__, bench, bench_workload, demo, doctor
 from mamba_ssm.__main__ import main
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -44,11 +48,83 @@ def test_demo(layer, tmp_path, capsys):
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "bench"])
+COMMANDS = ["demo", "train", "generate", "bench", "doctor", "convert"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
-    assert stop.value.code == 0 and command in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert stop.value.code == 0 and f"examples:\n  mamba-ssm {command}" in output
+
+
+def test_top_level(capsys):
+    assert main([]) == 2
+    assert "{" + ",".join(COMMANDS) + "}" in capsys.readouterr().out
+    for arguments, code in (
+        (["--version"], 0),
+        (["--help"], 0),
+        (["fly"], 2),
+        (["bench", "-x"], 2),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == code
+    assert __version__ in capsys.readouterr().out
+    assert main(["--cmake-dir"]) == 0
+    folder = pathlib.Path(capsys.readouterr().out.strip())
+    assert (folder / "mamba_ssmConfig.cmake").is_file()
+
+
+def test_program():
+    """The installed program is this one, and -m runs it too."""
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="mamba-ssm")
+    assert script.load() is main
+    command = [sys.executable, "-m", "mamba_ssm", "--version"]
+    assert subprocess.check_output(command, text=True).strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (OSError("no disk"), 1),
+        (ValueError("no number"), 1),
+        (RuntimeError("no memory"), 1),
+        (ImportError("no package"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_failures(error, code, monkeypatch, capsys):
+    """A sentence and an exit code."""
+
+    def fail(report):
+        raise error
+
+    monkeypatch.setitem(bench.GROUPS, "cpu", fail)
+    assert main(["bench", "cpu"]) == code
+    told = f"mamba-ssm bench: {error}\n" if str(error) else ""
+    assert capsys.readouterr().err == told
+
+
+def test_wrong_arguments(tmp_path, monkeypatch, capsys):
+    assert main(["bench", "nothing"]) == 2
+    assert "unknown group 'nothing'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "scan"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["demo", *out, "--text", str(tmp_path / "missing")]) == 2
+    assert "missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", *out, "--minutes", "-1"])
+    assert stop.value.code == 2
+
+
+def test_demo_needs_the_program_it_was_given(tmp_path):
+    with pytest.raises(demo.ArgumentError, match="does not exist"):
+        demo.find_cpp_example(tmp_path / "missing")
 
 
 def test_plain_versions_compute_the_same():

@@ -266,6 +266,19 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         state_dict = load_state_dict_hf(pretrained_model_name, use_safetensors=use_safetensors)
+        cls.from_state_dict(config, state_dict, pretrained_model_name, dtype=dtype, **kwargs)
+        model = cls(config, device=device, dtype=dtype, **kwargs)
+        model.load_state_dict(state_dict)
+        return model
+
+    @classmethod
+    def from_state_dict(cls, config, state_dict, name, dtype=None, **kwargs):
+        """A model whose parameters are the tensors of state_dict themselves, with their dtypes.
+
+        name: of the checkpoint, for messages. dtype, kwargs: of the constructor. Raises as
+        from_pretrained does for a config and weights that do not fit.
+        """
+        where = f"{name}: config.json"
         if config.n_layer > len(state_dict):
             raise ValueError(
                 f"{where}: n_layer is {config.n_layer}, but there are {len(state_dict)} weights"
@@ -274,18 +287,17 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         if config.tie_embeddings and embedding is not None and head is not None:
             if not torch.equal(embedding, head):
                 raise ValueError(f"{where}: ties {EMBEDDING} and {HEAD}, but the weights differ")
-        for name, tensor in state_dict.items():
+        for key, tensor in state_dict.items():
             if not tensor.is_floating_point():
-                raise ValueError(f"{pretrained_model_name}: {name} is {tensor.dtype}, not floating")
+                raise ValueError(f"{name}: {key} is {tensor.dtype}, not floating")
         try:
-            description = cls(config, device="meta", dtype=dtype, **kwargs)
+            model = cls(config, device="meta", dtype=dtype, **kwargs)
         except NotImplementedError:
             raise
         except Exception as error:
             raise ValueError(f"{where}: no such model can be made: {error}") from error
-        description.load_state_dict(state_dict, assign=True)  # compares names and shapes
-        model = cls(config, device=device, dtype=dtype, **kwargs)
-        model.load_state_dict(state_dict)
+        model.load_state_dict(state_dict, assign=True)  # compares names and shapes
+        model.tie_weights()
         return model
 
     def save_pretrained(self, save_directory):

@@ -27,7 +27,7 @@ def load_config_hf(model_name):
     model_name: a folder, or a model of the hub, which huggingface_hub downloads (extra "hub").
     Raises FileNotFoundError, or ValueError for what is not JSON.
     """
-    folder = _folder(model_name, [_CONFIG])
+    folder = checkpoint_folder(model_name, [_CONFIG])
     return _read_json(_existing(folder, _CONFIG), _MAX_CONFIG_SIZE)
 
 
@@ -45,12 +45,14 @@ def load_state_dict_hf(model_name, device=None, dtype=None, *, use_safetensors=T
     raise, for malformed ones.
     """
     if not use_safetensors:
-        folder = _folder(model_name, [_PICKLE, _index(_PICKLE), "pytorch_model-*.bin"])
+        folder = checkpoint_folder(model_name, [_PICKLE, _index(_PICKLE), "pytorch_model-*.bin"])
         state_dict = _read_weights(folder, _PICKLE, _read_pickle)
         if state_dict is None:
             raise FileNotFoundError(f"{folder}: no {_PICKLE}, and no index of shards of it")
     else:
-        folder = _folder(model_name, [_SAFETENSORS, _index(_SAFETENSORS), "model-*.safetensors"])
+        folder = checkpoint_folder(
+            model_name, [_SAFETENSORS, _index(_SAFETENSORS), "model-*.safetensors"]
+        )
         state_dict = _read_weights(folder, _SAFETENSORS, load_safetensors)
         if state_dict is None:
             raise FileNotFoundError(
@@ -63,8 +65,11 @@ def load_state_dict_hf(model_name, device=None, dtype=None, *, use_safetensors=T
     return state_dict
 
 
-def _folder(model_name, patterns):
-    """A local folder with the files of a checkpoint that match the patterns, as far as it has any."""
+def checkpoint_folder(model_name, patterns):
+    """A local folder with the files of a checkpoint that match the patterns, as far as it has any.
+
+    model_name: see load_config_hf. Raises FileNotFoundError if there is none.
+    """
     folder = Path(model_name)
     if folder.is_dir():
         return folder
@@ -77,7 +82,12 @@ def _folder(model_name, patterns):
             f"{model_name}: no such folder, and to look on the Hugging Face hub needs "
             "huggingface_hub: pip install mamba_ssm[hub]"
         ) from error
-    return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=patterns))
+    try:
+        return Path(huggingface_hub.snapshot_download(model_name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # all that the package raises
+        raise FileNotFoundError(
+            f"{model_name}: no such folder, and not from the Hugging Face hub: {error}"
+        ) from error
 
 
 def _index(name):
