@@ -431,7 +431,7 @@ def _layer_norm_bwd(
     if dropout_p > 0:
         raise ValueError("_layer_norm_bwd: dropout_p must be 0; layer_norm_fn differentiates dropout")
     options = dict(eps=eps, is_rms_norm=bool(is_rms_norm))
-    dx, dweight, dbias, dresidual_in, *others = ops.layer_norm_bwd(
+    dx, dweight, dbias, dresidual_in, dx1, *others = ops.layer_norm_bwd(
         dy.to(x_dtype or x.dtype),
         dy1,
         dresidual,
@@ -447,7 +447,9 @@ def _layer_norm_bwd(
     )
     if has_residual and dresidual_in is None:
         dresidual_in = dx
-    gradients = (dx, dweight, dbias, dresidual_in, *others)
+    if has_x1 and dx1 is None:
+        dx1 = dx
+    gradients = (dx, dweight, dbias, dresidual_in, dx1, *others)
     if not recompute_output:
         return gradients
     return (*gradients, ops.layer_norm(x, weight, bias, **options)[0])
