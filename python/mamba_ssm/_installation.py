@@ -66,7 +66,9 @@ def _name(distribution):
 
 def _distributions(folder):
     found = importlib.metadata.distributions(path=[str(folder)])
-    return sorted((d for d in found if _name(d) in DISTRIBUTIONS), key=lambda d: (_name(d), d.version))
+    return sorted(
+        (d for d in found if _name(d) in DISTRIBUTIONS), key=lambda d: (_name(d), d.version)
+    )
 
 
 def _is_ours(distribution):

@@ -61,8 +61,10 @@ def test_contract(module, name, said):
         )
     elif said:
         function = look_up(module, name)
-        assert inspect.isfunction(function) or inspect.ismethod(function) or (
-            inspect.isclass(function) and name[0].isupper()
+        assert (
+            inspect.isfunction(function)
+            or inspect.ismethod(function)
+            or (inspect.isclass(function) and name[0].isupper())
         )
         assert parameters_of(function) == said
     else:
@@ -113,7 +115,9 @@ def test_workspaces_of_kernels_of_others():
     assert determinism.autotune_configs([1, 2]) == [1, 2]
     parts, stride = determinism.alloc_tile_workspace((2, 3), 4, torch.float32, "cpu", True)
     assert parts.shape == (2, 3, 4) and stride == parts.stride(-1) and not parts.any()
-    assert torch.equal(determinism.finalize_tile_workspace(parts + 1, True), torch.full((2, 3), 4.0))
+    assert torch.equal(
+        determinism.finalize_tile_workspace(parts + 1, True), torch.full((2, 3), 4.0)
+    )
     whole, stride = determinism.alloc_tile_workspace((2, 3), 4, torch.float64, "cpu", False)
     assert whole.shape == (2, 3) and whole.dtype == torch.float64 and stride == 0
     assert determinism.finalize_tile_workspace(whole, False) is whole
@@ -293,7 +297,9 @@ def test_calls_of_the_state_update(device):
     outs = [
         update(states[0], x, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True),
         update(states[1], x, dt, A, B, C, D, z, bias, dt_softplus=True),
-        update(state=states[2], x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=bias, dt_softplus=True),
+        update(
+            state=states[2], x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=bias, dt_softplus=True
+        ),
     ]
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert all(torch.equal(s, states[0]) and not torch.equal(s, state) for s in states)

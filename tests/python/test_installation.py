@@ -35,7 +35,9 @@ def install_ours(folder, version=None):
 
 
 def install_upstream(folder, name, version, **options):
-    extension = {"mamba": "selective_scan_cuda", "causal": "causal_conv1d_cuda"}[name[:6].strip("-_")]
+    extension = {"mamba": "selective_scan_cuda", "causal": "causal_conv1d_cuda"}[
+        name[:6].strip("-_")
+    ]
     files = [f"{name.replace('-', '_')}/__init__.py", EXTENSION.format(extension)]
     return install(folder, name, version, files, ["torch", "ninja"], **options)
 
@@ -58,7 +60,9 @@ def test_upstream_alone(tmp_path, name, record):
     first, *others = _installation.problems([tmp_path])
     plain = name.replace("-", "_")
     assert f"has {plain} 1.5.0 of another project: `pip uninstall {plain}`" in first
-    assert len(others) == (not record)  # without a list of its files, the module is named for itself
+    assert len(others) == (
+        not record
+    )  # without a list of its files, the module is named for itself
 
 
 def test_upstream_in_the_same_folder(tmp_path):
@@ -67,7 +71,7 @@ def test_upstream_in_the_same_folder(tmp_path):
     found = "\n".join(_installation.problems([tmp_path]))
     assert "mamba_ssm 2.3.2 of another project" in found
     # Its __init__.py lies over ours.
-    assert f"mamba_ssm 2.3.2 with the metadata of 2.4.0: `pip uninstall mamba_ssm`" in found
+    assert "mamba_ssm 2.3.2 with the metadata of 2.4.0: `pip uninstall mamba_ssm`" in found
 
 
 @pytest.mark.parametrize("module", ["selective_scan_cuda", "causal_conv1d_cuda"])

@@ -429,7 +429,9 @@ def _layer_norm_bwd(
     recompute_output. Raises ValueError for dropout_p > 0.
     """
     if dropout_p > 0:
-        raise ValueError("_layer_norm_bwd: dropout_p must be 0; layer_norm_fn differentiates dropout")
+        raise ValueError(
+            "_layer_norm_bwd: dropout_p must be 0; layer_norm_fn differentiates dropout"
+        )
     options = dict(eps=eps, is_rms_norm=bool(is_rms_norm))
     dx, dweight, dbias, dresidual_in, dx1, *others = ops.layer_norm_bwd(
         dy.to(x_dtype or x.dtype),

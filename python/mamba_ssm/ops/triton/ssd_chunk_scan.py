@@ -69,7 +69,9 @@ def _from_states(C, states, dA_cumsum, seq_idx=None):
     """What the states that enter the chunks give to their tokens, like _from_tokens."""
     dtype = compute_dtype(C)
     chunk_size = dA_cumsum.shape[-1]
-    from_start = dA_cumsum.to(dtype).exp().permute(0, 2, 3, 1)  # (batch, nchunks, chunk_size, nheads)
+    from_start = (
+        dA_cumsum.to(dtype).exp().permute(0, 2, 3, 1)
+    )  # (batch, nchunks, chunk_size, nheads)
     if seq_idx is not None:
         before = sequences_at_chunk_ends(seq_idx, chunk_size)[:, :-1, None]
         reached = chunked(sequence_of(seq_idx), chunk_size) == before
