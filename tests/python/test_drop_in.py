@@ -448,6 +448,34 @@ def test_conv_extension_backward(conv):
     torch.testing.assert_close(into, [dx, dweight + 1, dbias + 1, dstate])
 
 
+def test_conv_functions_without_autograd(conv):
+    """What upstream's mamba_ssm calls, in its order of arguments."""
+    from causal_conv1d import cpp_functions
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
+
+    x, weight, bias, dout, state = conv.values()
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, state)]
+    expected, expected_final = causal_conv1d_ref(*leaves, True, activation="silu")
+    final = torch.empty_like(state)
+    out = cpp_functions.causal_conv1d_fwd_function(x, weight, bias, None, state, final, True)
+    torch.testing.assert_close((out, final), (expected.detach(), expected_final.detach()))
+
+    expected.backward(dout)
+    gradients = [leaf.grad for leaf in leaves]
+    for dx, wanted in ((None, True), (torch.empty_like(x), False)):
+        got = cpp_functions.causal_conv1d_bwd_function(
+            x, weight, bias, dout, None, state, None, dx, wanted, True
+        )
+        torch.testing.assert_close(list(got), gradients if wanted else [*gradients[:3], None])
+        assert dx is None or got[0] is dx
+
+    token, cache = x[..., :1], torch.cat([state, state[..., :1]], dim=-1)
+    expected_cache = cache.clone()
+    expected = causal_conv1d_update_ref(token, expected_cache, weight, bias, "silu")
+    got = cpp_functions.causal_conv1d_update_function(token, cache, weight, bias, True, None, None)
+    torch.testing.assert_close((got, cache), (expected, expected_cache))
+
+
 @pytest.mark.parametrize("count", [5, 6, 7, 8])
 def test_conv_extension_update(conv, count):
     import causal_conv1d_cuda
