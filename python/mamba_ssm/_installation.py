@@ -72,7 +72,7 @@ def _distributions(folder):
 
 
 def _is_ours(distribution):
-    """mamba_ssm has our library; causal_conv1d, which may be installed as links, needs mamba_ssm."""
+    """mamba_ssm has our library; causal_conv1d, perhaps installed as links, needs mamba_ssm."""
     if _name(distribution) == "mamba_ssm":
         return OPS_LIBRARY in map(str, distribution.files or ())
     return any(re.match(r"mamba[-_.]ssm\b", need) for need in distribution.requires or ())

@@ -30,7 +30,7 @@ def import_time(processes=5):
 
 
 def first_calls(device):
-    """(layer, seconds of the first call of generate, median of later ones), in a new process each."""
+    """(layer, seconds of the first call of generate, median of later ones), in new processes."""
     lines = [_output("-m", __name__, device, layer).split() for layer in LAYERS]
     return [(layer, float(first), float(steady)) for layer, first, steady in lines]
 

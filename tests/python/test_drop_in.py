@@ -14,8 +14,8 @@ import torch
 CONTRACT = pathlib.Path(__file__).with_name("contract.txt")
 
 # Keyword arguments of transformers' models: it hands them to every function that has such a name.
-OF_TRANSFORMERS = """position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k attention_mask
-output_attentions output_hidden_states output_router_logits use_cache logits_to_keep""".split()
+OF_TRANSFORMERS = """position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k use_cache
+attention_mask output_attentions output_hidden_states output_router_logits logits_to_keep""".split()
 
 
 def contract():

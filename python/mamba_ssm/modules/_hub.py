@@ -140,8 +140,8 @@ class HubMixin:
                 description = cls(**{**model_kwargs, "device": "meta"})
             except Exception as error:
                 raise ValueError(
-                    f"{cls.__name__}.from_pretrained: {folder / CONFIG}: no such module can be made: "
-                    f"{error}"
+                    f"{cls.__name__}.from_pretrained: {folder / CONFIG}: no such module can be "
+                    f"made: {error}"
                 ) from error
             description.load_state_dict(state_dict, strict=strict, assign=True)
         module = cls(**model_kwargs)

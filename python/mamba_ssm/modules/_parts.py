@@ -28,8 +28,8 @@ def read_cache(cache, dtype):
 
 
 def cache_options(module, layers, dtype=None):
-    """Device and dtype of a new cache of module: those of the first of `layers` with a weight of
-    floating type, which quantized ones do not have, else those of a parameter, else the defaults."""
+    """Device and dtype (unless given) of a new cache of module: those of the first of `layers` with
+    a weight of floating type, not a quantized one, else those of a parameter, else the defaults."""
     weights = [getattr(layer, "weight", None) for layer in layers]
     for weight in (*weights, *module.parameters()):
         if torch.is_tensor(weight) and weight.is_floating_point():

@@ -14,7 +14,7 @@ def save_safetensors(tensors, path):
 
 
 def load_safetensors(path):
-    """CPU tensors by name. Raises ValueError that names the file and its fault if it is malformed."""
+    """CPU tensors by name. Raises ValueError that names a malformed file and its fault."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

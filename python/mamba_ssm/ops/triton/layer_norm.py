@@ -424,9 +424,9 @@ def _layer_norm_bwd(
     """The backward on (rows, channels), without dropout, whose masks have no place here.
 
     x is the sum that was normalized, x_dtype the dtype of what was added up first (None: x's),
-    dresidual the gradient of the sum. mean and rstd are computed again. Returns (dx, dweight, dbias,
-    dresidual_in, dx1, dweight1, dbias1), None where there is no such argument, then the output with
-    recompute_output. Raises ValueError for dropout_p > 0.
+    dresidual the gradient of the sum. mean and rstd are computed again. Returns (dx, dweight,
+    dbias, dresidual_in, dx1, dweight1, dbias1), None where there is no such argument, then the
+    output with recompute_output. Raises ValueError for dropout_p > 0.
     """
     if dropout_p > 0:
         raise ValueError(

@@ -54,7 +54,7 @@ def _skip_gradient(D, x, dout):
 
 
 def _from_tokens(cb, x, dt, dA_cumsum):
-    """What the tokens of a chunk give to each other, (batch, nchunks, chunk_size, nheads, headdim)."""
+    """What tokens of a chunk give to each other, (batch, nchunks, chunk_size, nheads, headdim)."""
     dtype = compute_dtype(x)
     chunk_size = dt.shape[-1]
     c = dA_cumsum.to(dtype).transpose(1, 2)  # (batch, nchunks, nheads, chunk_size)
