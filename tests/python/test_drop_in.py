@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+import mamba_ssm
+
 CONTRACT = pathlib.Path(__file__).with_name("contract.txt")
 
 # Keyword arguments of transformers' models: it hands them to every function that has such a name.
@@ -93,6 +95,7 @@ def test_distribution(name, least):
     version = importlib.metadata.version(name)
     assert version == importlib.import_module(name).__version__
     assert tuple(map(int, version.split("."))) >= least
+    assert importlib.metadata.packages_distributions()[name] == [name]
 
 
 def test_determinism_mode(monkeypatch):
@@ -241,6 +244,18 @@ assert mamba_ssm.models.mixer_seq_simple and mamba_ssm.utils.generation
 assert not hasattr(mamba_ssm, "selective_state_update")
 """
     )
+
+
+def test_functions_can_be_wrapped(monkeypatch):
+    """As programs do that keep them out of compiled graphs: what the package calls is the op."""
+    wrapped = torch.compiler.disable(mamba_ssm.selective_scan_fn)
+    assert inspect.signature(wrapped) == inspect.signature(mamba_ssm.selective_scan_fn)
+    interface = mamba_ssm.ops.selective_scan_interface
+    monkeypatch.setattr(interface, "selective_scan_fn", wrapped)
+    u, delta, B = torch.randn(2, 4, 7), torch.rand(2, 4, 7), torch.randn(2, 3, 7)
+    A = -torch.rand(4, 3)
+    expected = mamba_ssm.selective_scan_fn(u, delta, A, B, B)
+    assert torch.equal(interface.selective_scan_fn(u, delta, A, B, B), expected)
 
 
 @pytest.mark.parametrize("first", ["selective_scan_cuda", "causal_conv1d_cuda", "causal_conv1d"])
