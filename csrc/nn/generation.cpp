@@ -82,7 +82,7 @@ void modify_logits_for_top_k_filtering(const Tensor& logits, int64_t top_k) {
 void modify_logits_for_top_p_filtering(const Tensor& logits, double top_p) {
   if (!(0 < top_p && top_p < 1)) return;
   const auto [values, tokens] = logits.sort(/*stable=*/true, -1, /*descending=*/true);
-  const Tensor probabilities = to_accumulate_type(values).softmax(-1).to(at::kDouble);
+  const Tensor probabilities = values.to(at::kDouble).softmax(-1);
   const Tensor before = probabilities.cumsum(-1) - probabilities;  // of all more probable tokens
   const Tensor removed = at::empty(before.sizes(), before.options().dtype(at::kBool))
                              .scatter_(-1, tokens, before >= top_p);

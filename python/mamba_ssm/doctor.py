@@ -5,12 +5,11 @@ import importlib.util
 import math
 import os
 import platform
-import sys
 
 import torch
 
 import mamba_ssm
-from mamba_ssm import _build_info, _library
+from mamba_ssm import _build_info, _installation, _library, _startup
 
 ops = torch.ops.mamba_ssm
 KEYS = {
@@ -24,24 +23,33 @@ TOLERANCE = 1e-5
 
 EPILOG = """\
 examples:
-  mamba-ssm doctor    versions, libraries, kernels, and a self-test of each operation per device
+  mamba-ssm doctor            versions, libraries, kernels, a self-test of each operation per device
+  mamba-ssm doctor --times    how long the import and the first call of generate take as well
 
-The exit code is 1 if a self-test fails.
+The exit code is 1 if a self-test fails, or if other installations of the packages are in the way.
 """
 
 
 def add_arguments(parser):
-    del parser  # takes no arguments
+    parser.add_argument(
+        "--times", action="store_true", help="measure the import and the first call of generate too"
+    )
 
 
 def run(args):
-    del args
+    """Prints the report. Returns 1 if the installation or a self-test is not in order, else 0."""
     print_versions()
+    problems = _installation.problems()
+    for sentence in problems:
+        print(f"PROBLEM: {sentence}")
     print_kernels()
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     failures = sum(not passes(device, name, test) for device in devices for name, test in TESTS)
+    if args.times:
+        print_times(devices)
+    print(f"{len(problems)} problems with the installation")
     print(f"{failures} of {len(devices) * len(TESTS)} self-tests failed")
-    return 1 if failures else 0
+    return 1 if problems or failures else 0
 
 
 def print_versions():
@@ -67,9 +75,7 @@ def print_versions():
             line("distribution", f"{owner} {importlib.metadata.version(owner)} has {name}")
     for name in ("causal_conv1d_cuda", "selective_scan_cuda"):
         spec = importlib.util.find_spec(name)
-        origin = "not installed" if spec is None else spec.origin
-        compiled = spec is not None and not spec.origin.endswith(".py")
-        line("module", f"{name}: {origin}{' (NOT OURS)' if compiled else ''}")
+        line("module", f"{name}: {'not installed' if spec is None else spec.origin}")
 
 
 def cuda_kernels():
@@ -84,6 +90,17 @@ def print_kernels():
         has = [torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in KEYS]
         cells = "".join(f"{'yes' if yes else '-':<11}" for yes in has)
         print(f"{name.partition('::')[2]:<32}{cells}")
+    print()
+
+
+def print_times(devices):
+    print(f"\nimport mamba_ssm, after torch: {_startup.import_time():.3f} s")
+    for device in devices:
+        for layer, first, steady in _startup.first_calls(device):
+            print(
+                f"{device:<6}generate, {layer}: first call {1e3 * first:.1f} ms, then "
+                f"{1e3 * steady:.1f} ms"
+            )
     print()
 
 
@@ -342,7 +359,3 @@ TESTS = [
     ("mamba_inner", test_mamba_inner),
     ("mamba2_inner", test_mamba2_inner),
 ]
-
-
-if __name__ == "__main__":
-    sys.exit(run(None))

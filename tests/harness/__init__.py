@@ -5,4 +5,5 @@ cases.py     sizes, options, types and layouts of a call, and the tensors they m
 poison.py    NaN-filled allocations, red zones around every argument
 compare.py   the 2x rule, and check_call: everything one call must satisfy
 fuzz.py      a random case from one integer
+modules.py   every module, small, and how it is run
 """

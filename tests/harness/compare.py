@@ -19,7 +19,7 @@ _ROUNDING = {
     torch.float16: (0.5, 0),
     torch.bfloat16: (0.5, 0),
     torch.float32: (2, 0.5),
-    torch.float64: (64, 16),  # no wider type judges it, nor knows what cancels on the way
+    torch.float64: (128, 32),  # no wider type judges it, nor knows what cancels on the way
 }
 # Times what the truth moves under blurred arguments: a constant, and more where that is known from
 # few elements, any of which may have moved little by chance.

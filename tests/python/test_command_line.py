@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from mamba_ssm import __version__, bench, bench_workload, demo, doctor
+from mamba_ssm import __version__, _startup, bench, bench_workload, demo, doctor
 from mamba_ssm.__main__ import main
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -25,6 +25,15 @@ def test_doctor_notices(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "silu", lambda x: x)
     assert main(["doctor"]) != 0
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_doctor_measures(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "TESTS", [])
+    monkeypatch.setattr(_startup, "LAYERS", ("Mamba2",))
+    assert main(["doctor", "--times"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"import mamba_ssm, after torch: [0-9.]+ s", output)
+    assert re.search(r"cpu +generate, Mamba2: first call [0-9.]+ ms, then [0-9.]+ ms", output)
 
 
 def test_doctor_tests_every_op():

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from harness import modules
 
-from mamba_ssm import Mamba, Mamba2
+from mamba_ssm import Mamba2
 from mamba_ssm.distributed import distributed_utils as utils
 from mamba_ssm.distributed import tensor_parallel as parallel
 from mamba_ssm.utils.generation import InferenceParams
@@ -518,14 +519,10 @@ def test_cache(ranks, options, sequence_parallel):
 # Data parallelism --------------------------------------------------------------------------------
 
 
-def check_data_parallel(kind, wrapper):
+def check_data_parallel(name, wrapper):
     """Two steps of an optimizer, each rank with its part of the batch."""
-    torch.manual_seed(0)
-    if kind == "Mamba":
-        block = Mamba(16, d_state=5, dtype=torch.float64)
-    else:
-        block = make()
-    wrapped = copy.deepcopy(block)
+    module = modules.make(name, torch.get_default_device())
+    wrapped = copy.deepcopy(module)
     if wrapper == "DDP":
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
     else:
@@ -533,27 +530,32 @@ def check_data_parallel(kind, wrapper):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(torch.get_default_device().type, (WORLD_SIZE,))
-        fully_shard(wrapped, mesh=mesh)
+        blocks = wrapped.backbone.layers if hasattr(wrapped, "backbone") else []
+        for part_of_model in (*blocks, wrapped):
+            fully_shard(part_of_model, mesh=mesh)
 
     def train(module, batch):
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
         for x, target in batch:
             optimizer.zero_grad()
-            F.mse_loss(module(x), target).backward()
+            F.mse_loss(modules.run(module, x), target).backward()
             optimizer.step()
 
-    batches = [(randn(4, 7, 16), randn(4, 7, 16)) for _ in range(2)]
-    before = copy.deepcopy(block.state_dict())
-    train(block, batches)
+    x = modules.inputs(module, torch.get_default_device(), batch=4)
+    batches = [(x, torch.randn_like(modules.run(module, x))) for _ in range(2)]
+    before = copy.deepcopy(module.state_dict())
+    train(module, batches)
     train(wrapped, [(part(x), part(target)) for x, target in batches])
     trained = wrapped.module if wrapper == "DDP" else wrapped
-    for (name, expected), parameter in zip(block.named_parameters(), trained.parameters()):
+    for (name, expected), parameter in zip(
+        module.named_parameters(), trained.parameters(), strict=True
+    ):
         parameter = parameter if wrapper == "DDP" else parameter.full_tensor()
         assert_equal(parameter, expected, name)
         assert not torch.equal(expected, before[name]), name
 
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
-@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
-def test_data_parallel(ranks, kind, wrapper):
-    ranks.check(check_data_parallel, kind=kind, wrapper=wrapper)
+@pytest.mark.parametrize("name", modules.MODULES)
+def test_data_parallel(ranks, name, wrapper):
+    ranks.check(check_data_parallel, name=name, wrapper=wrapper)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import inspect
+import pathlib
 import re
 import subprocess
 import sys
@@ -10,268 +11,71 @@ import sys
 import pytest
 import torch
 
-SIGNATURES = {
-    "mamba_ssm:selective_scan_fn": "u, delta, A, B, C, D=None, z=None, delta_bias=None, "
-    "delta_softplus=False, return_last_state=False, *, initial_state=None, seq_idx=None",
-    "mamba_ssm.ops.selective_scan_interface:selective_scan_ref": "u, delta, A, B, C, D=None, "
-    "z=None, delta_bias=None, delta_softplus=False, return_last_state=False",
-    "mamba_ssm:mamba_inner_fn": "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
-    "delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, C=None, D=None, "
-    "delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1, "
-    "b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-06",
-    "mamba_ssm.ops.selective_scan_interface:mamba_inner_ref": "xz, conv1d_weight, conv1d_bias, "
-    "x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, C=None, D=None, "
-    "delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
-    "mamba_ssm.ops.selective_scan_interface:rms_norm_forward": "x, weight, bias, eps=1e-06, "
-    "is_rms_norm=True",
-    "mamba_ssm.ops.triton.selective_state_update:selective_state_update": "state, x, dt, A, B, C, "
-    "D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None, *, "
-    "intermediate_states=None",
-    "mamba_ssm.ops.triton.selective_state_update:selective_state_update_ref": "state, x, dt, A, "
-    "B, C, D=None, z=None, dt_bias=None, dt_softplus=False",
-    "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined": "x, dt, A, B, C, chunk_size, "
-    "D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None, "
-    "dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
-    "return_varlen_states=False, state_dtype=None",
-    "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan": "x, dt, A, B, C, chunk_size, D=None, "
-    "z=None, dt_bias=None, dt_softplus=False",
-    "mamba_ssm.ops.triton.ssd_combined:ssd_chunk_scan_combined_ref": "x, dt, A, B, C, chunk_size, "
-    "D=None, z=None, dt_bias=None, dt_softplus=False",
-    "mamba_ssm.ops.triton.ssd_combined:ssd_selective_scan": "x, dt, A, B, C, D=None, z=None, "
-    "dt_bias=None, dt_softplus=False, dt_limit=(0.0, inf)",
-    "mamba_ssm.ops.triton.ssd_combined:mamba_split_conv1d_scan_combined": "zxbcdt, conv1d_weight, "
-    "conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None, "
-    "dt_limit=(0.0, inf), return_final_states=False, activation='silu', rmsnorm_weight=None, "
-    "rmsnorm_eps=1e-06, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, "
-    "norm_before_gate=True, state_dtype=None, *, cu_seqlens=None",
-    "mamba_ssm.ops.triton.ssd_combined:mamba_split_conv1d_scan_ref": "zxbcdt, conv1d_weight, "
-    "conv1d_bias, dt_bias, A, D, chunk_size, dt_limit=(0.0, inf), activation='silu', "
-    "rmsnorm_weight=None, rmsnorm_eps=1e-06, outproj_weight=None, outproj_bias=None, "
-    "headdim=None, ngroups=1, norm_before_gate=True",
-    "mamba_ssm.ops.triton.ssd_combined:mamba_conv1d_scan_ref": "xBC, conv1d_weight, conv1d_bias, "
-    "dt, A, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, inf), "
-    "activation='silu', headdim=None, ngroups=1",
-    "mamba_ssm.ops.triton.ssd_combined:ensure_stride": "inp",
-    "mamba_ssm.modules.ssd_minimal:ssd_minimal_discrete": "X, A, B, C, block_len, "
-    "initial_states=None",
-    "mamba_ssm.ops.triton.layer_norm:layer_norm_fn": "x, weight, bias, residual=None, x1=None, "
-    "weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, "
-    "residual_in_fp32=False, is_rms_norm=False, return_dropout_mask=False",
-    "mamba_ssm.ops.triton.layer_norm:rms_norm_fn": "x, weight, bias, residual=None, x1=None, "
-    "weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, "
-    "residual_in_fp32=False, return_dropout_mask=False",
-    "mamba_ssm.ops.triton.layer_norm:layer_norm_linear_fn": "x, norm_weight, norm_bias, "
-    "linear_weight, linear_bias, residual=None, eps=1e-06, prenorm=False, residual_in_fp32=False, "
-    "is_rms_norm=False",
-    "mamba_ssm.ops.triton.layer_norm:RMSNorm": "hidden_size, eps=1e-05, dropout_p=0.0, "
-    "device=None, dtype=None",
-    "mamba_ssm.ops.triton.layer_norm:RMSNorm.forward": "self, x, residual=None, prenorm=False, "
-    "residual_in_fp32=False",
-    "mamba_ssm.ops.triton.layernorm:layer_norm_fn": "x, weight, bias, residual=None, eps=1e-06, "
-    "prenorm=False, residual_in_fp32=False, is_rms_norm=False",
-    "mamba_ssm.ops.triton.layernorm:rms_norm_fn": "x, weight, bias, residual=None, prenorm=False, "
-    "residual_in_fp32=False, eps=1e-06",
-    "mamba_ssm.ops.triton.layernorm_gated:layernorm_fn": "x, weight, bias, z=None, eps=1e-06, "
-    "group_size=None, norm_before_gate=True, is_rms_norm=False",
-    "mamba_ssm.ops.triton.layernorm_gated:rmsnorm_fn": "x, weight, bias, z=None, eps=1e-06, "
-    "group_size=None, norm_before_gate=True",
-    "mamba_ssm.ops.triton.layernorm_gated:rms_norm_ref": "x, weight, bias, z=None, eps=1e-06, "
-    "group_size=None, norm_before_gate=True, upcast=True",
-    "mamba_ssm.ops.triton.layernorm_gated:RMSNorm": "hidden_size, eps=1e-05, group_size=None, "
-    "norm_before_gate=True, device=None, dtype=None",
-    "mamba_ssm.ops.triton.layernorm_gated:LayerNorm": "hidden_size, eps=1e-05, group_size=None, "
-    "norm_before_gate=True, device=None, dtype=None",
-    "mamba_ssm:Mamba": "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, "
-    "dt_max=0.1, dt_init='random', dt_scale=1.0, dt_init_floor=0.0001, conv_bias=True, "
-    "bias=False, use_fast_path=True, layer_idx=None, device=None, dtype=None",
-    "mamba_ssm.modules.mamba_simple:Mamba.forward": "self, hidden_states, inference_params=None, "
-    "*, seq_idx=None",
-    "mamba_ssm.modules.mamba_simple:Mamba.step": "self, hidden_states, conv_state, ssm_state",
-    "mamba_ssm.modules.mamba_simple:Mamba.allocate_inference_cache": "self, batch_size, "
-    "max_seqlen, dtype=None, *, state_dtype=None, **kwargs",
-    "mamba_ssm:Mamba2": "d_model, d_state=128, d_conv=4, conv_init=None, expand=2, headdim=64, "
-    "d_ssm=None, ngroups=1, A_init_range=(1, 16), D_has_hdim=False, rmsnorm=True, "
-    "norm_before_gate=False, dt_min=0.001, dt_max=0.1, dt_init_floor=0.0001, "
-    "dt_limit=(0.0, inf), bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=True, "
-    "layer_idx=None, process_group=None, sequence_parallel=True, device=None, dtype=None",
-    "mamba_ssm.modules.mamba2:Mamba2.forward": "self, u, seqlen=None, seq_idx=None, "
-    "cu_seqlens=None, inference_params=None",
-    "mamba_ssm.modules.mamba2:Mamba2.step": "self, hidden_states, conv_state, ssm_state",
-    "mamba_ssm.modules.mamba2:Mamba2.allocate_inference_cache": "self, batch_size, max_seqlen, "
-    "dtype=None, *, state_dtype=None, **kwargs",
-    "mamba_ssm.modules.mamba2_simple:Mamba2Simple": "d_model, d_state=64, d_conv=4, "
-    "conv_init=None, expand=2, headdim=128, ngroups=1, A_init_range=(1, 16), dt_min=0.001, "
-    "dt_max=0.1, dt_init_floor=0.0001, dt_limit=(0.0, inf), learnable_init_states=False, "
-    "activation='swish', bias=False, conv_bias=True, chunk_size=256, use_mem_eff_path=True, "
-    "layer_idx=None, device=None, dtype=None",
-    "mamba_ssm.modules.mamba2_simple:Mamba2Simple.forward": "self, u, seq_idx=None",
-    "mamba_ssm.modules.mha:MHA": "embed_dim, num_heads, num_heads_kv=None, head_dim=None, "
-    "mlp_dim=0, qkv_proj_bias=True, out_proj_bias=True, softmax_scale=None, causal=False, "
-    "layer_idx=None, d_conv=0, rotary_emb_dim=0, rotary_emb_base=10000.0, "
-    "rotary_emb_interleaved=False, device=None, dtype=None",
-    "mamba_ssm.modules.mha:MHA.forward": "self, x, inference_params=None, *, seq_idx=None, "
-    "cu_seqlens=None",
-    "mamba_ssm.modules.mha:MHA.allocate_inference_cache": "self, batch_size, max_seqlen, "
-    "dtype=None, **kwargs",
-    "mamba_ssm.modules.mha:_update_kv_cache": "kv, inference_params, layer_idx",
-    "mamba_ssm.modules.mlp:GatedMLP": "in_features, hidden_features=None, out_features=None, "
-    "activation=<function silu>, bias=False, multiple_of=128, device=None, dtype=None",
-    "mamba_ssm.modules.block:Block": "dim, mixer_cls, mlp_cls=<class "
-    "'torch.nn.modules.linear.Identity'>, norm_cls=<class "
-    "'torch.nn.modules.normalization.LayerNorm'>, fused_add_norm=False, residual_in_fp32=False",
-    "mamba_ssm.modules.block:Block.forward": "self, hidden_states, residual=None, "
-    "inference_params=None, **mixer_kwargs",
-    "mamba_ssm.modules.mamba_simple:Block": "dim, mixer_cls, norm_cls=<class "
-    "'torch.nn.modules.normalization.LayerNorm'>, fused_add_norm=False, residual_in_fp32=False",
-    "mamba_ssm.ops.triton.k_activations:swiglu": "xy",
-    "mamba_ssm.ops.triton.k_activations:_swiglu_fwd": "xy, out=None",
-    "mamba_ssm.ops.triton.k_activations:_swiglu_bwd": "xy, dout, dxy=None, "
-    "recompute_output=False, out=None",
-    "mamba_ssm.models.config_mamba:MambaConfig": "d_model: int = 2560, d_intermediate: int = 0, "
-    "n_layer: int = 64, vocab_size: int = 50277, ssm_cfg: dict = <factory>, attn_layer_idx: list = "
-    "<factory>, attn_cfg: dict = <factory>, rms_norm: bool = True, residual_in_fp32: bool = True, "
-    "fused_add_norm: bool = True, pad_vocab_size_multiple: int = 8, tie_embeddings: bool = True",
-    "mamba_ssm.models.mixer_seq_simple:_init_weights": "module, n_layer, initializer_range=0.02, "
-    "rescale_prenorm_residual=True, n_residuals_per_layer=1",
-    "mamba_ssm.models.mixer_seq_simple:MixerModel": "d_model, n_layer, d_intermediate=0, "
-    "vocab_size=None, ssm_cfg=None, attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-05, "
-    "rms_norm=False, initializer_cfg=None, fused_add_norm=False, residual_in_fp32=False, "
-    "device=None, dtype=None",
-    "mamba_ssm.models.mixer_seq_simple:MixerModel.forward": "self, input_ids, "
-    "inference_params=None, **mixer_kwargs",
-    "mamba_ssm:MambaLMHeadModel": "config: mamba_ssm.models.config_mamba.MambaConfig, "
-    "initializer_cfg=None, device=None, dtype=None",
-    "mamba_ssm.models.mixer_seq_simple:MambaLMHeadModel.forward": "self, input_ids, "
-    "position_ids=None, inference_params=None, num_last_tokens=0, **mixer_kwargs",
-    "mamba_ssm:MambaLMHeadModel.from_pretrained": "pretrained_model_name, device=None, dtype=None, "
-    "*, use_safetensors=True, **kwargs",
-    "mamba_ssm:MambaLMHeadModel.save_pretrained": "self, save_directory",
-    "mamba_ssm:MambaLMHeadModel.allocate_inference_cache": "self, batch_size, max_seqlen, "
-    "dtype=None, **kwargs",
-    "mamba_ssm:MambaLMHeadModel.tie_weights": "self",
-    "mamba_ssm.utils.hf:load_config_hf": "model_name",
-    "mamba_ssm.utils.hf:load_state_dict_hf": "model_name, device=None, dtype=None, *, "
-    "use_safetensors=True",
-    "mamba_ssm.utils.determinism:set_deterministic_mode": "value",
-    "mamba_ssm.utils.determinism:use_deterministic_mode": "",
-    "mamba_ssm.models.mixer_seq_simple:create_block": "d_model, d_intermediate=0, ssm_cfg=None, "
-    "attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-05, rms_norm=False, "
-    "residual_in_fp32=False, fused_add_norm=False, layer_idx=None, device=None, dtype=None",
-    "mamba_ssm.distributed.distributed_utils:all_gather_raw": "input_, process_group, "
-    "async_op=False",
-    "mamba_ssm.distributed.distributed_utils:reduce_scatter_raw": "input_, process_group, "
-    "async_op=False",
-    "mamba_ssm.distributed.distributed_utils:all_reduce_raw": "input_, process_group, "
-    "async_op=False",
-    "mamba_ssm.distributed.distributed_utils:sync_shared_params": "model, process_group",
-    "mamba_ssm.distributed.distributed_utils:allreduce_sequence_parallel_grad": "model, "
-    "process_group",
-    "mamba_ssm.distributed.distributed_utils:get_dim_for_local_rank": "dim, world_size, "
-    "local_rank, multiple_of=1",
-    "mamba_ssm.distributed.tensor_parallel:parallel_linear_func": "x, weight, bias=None, "
-    "process_group=None, sequence_parallel=True",
-    "mamba_ssm.distributed.tensor_parallel:ColumnParallelLinear": "in_features, out_features, "
-    "process_group, bias=True, sequence_parallel=True, multiple_of=1, device=None, dtype=None",
-    "mamba_ssm.distributed.tensor_parallel:RowParallelLinear": "in_features, out_features, "
-    "process_group, bias=True, sequence_parallel=True, multiple_of=1, device=None, dtype=None",
-    "mamba_ssm.distributed.tensor_parallel:VocabParallelEmbedding": "num_embeddings, *args, "
-    "process_group=None, padding_idx=None, **kwargs",
-    "mamba_ssm.distributed.tensor_parallel:ColumnParallelEmbedding": "num_embeddings, "
-    "embedding_dim, *args, process_group=None, **kwargs",
-    "mamba_ssm.distributed.tensor_parallel:ParallelEmbeddings": "embed_dim, vocab_size, "
-    "max_position_embeddings, process_group, padding_idx=None, sequence_parallel=True, "
-    "device=None, dtype=None",
-    "mamba_ssm.distributed.tensor_parallel:ParallelEmbeddings.forward": "self, input_ids, "
-    "position_ids=None, combine_batch_seqlen_dim=False",
-    "mamba_ssm.utils.generation:InferenceParams.reset": "self, max_seqlen, max_batch_size",
-    "mamba_ssm.utils.generation:modify_logits_for_min_p_filtering": "logits, min_p",
-    "mamba_ssm.utils.generation:modify_logits_for_top_k_filtering": "logits, top_k",
-    "mamba_ssm.utils.generation:modify_logits_for_top_p_filtering": "logits, top_p",
-    "mamba_ssm.utils.generation:modify_logit_for_repetition_penalty": "logits, "
-    "prev_output_tokens, repetition_penalty=1.0",
-    "mamba_ssm.utils.generation:sample": "logits, top_k=1, top_p=0.0, min_p=0.0, temperature=1.0, "
-    "*, generator=None",
-    "mamba_ssm.utils.generation:decode": "input_ids, model, max_length, top_k=1, top_p=0.0, "
-    "min_p=0.0, temperature=1.0, repetition_penalty=1.0, eos_token_id=None, teacher_outputs=None, "
-    "vocab_size=None, cg=False, enable_timing=False, output_scores=False, streamer=None, *, "
-    "lengths=None, pad_token_id=None, generator=None, prefill_chunk_size=None, state_dtype=None, "
-    "should_stop=None",
-    "mamba_ssm:MambaLMHeadModel.generate": "self, input_ids, max_length, top_k=1, top_p=0.0, "
-    "min_p=0.0, temperature=1.0, return_dict_in_generate=False, output_scores=False, **kwargs",
-    "mamba_ssm.utils.generation:update_graph_cache": "model, cache, batch_size, seqlen_og, "
-    "max_seqlen, decoding_seqlens=(1,), dtype=None, n_warmups=2, *, state_dtype=None",
-    "mamba_ssm.utils.generation:capture_graph": "model, inference_params, batch_size, max_seqlen, "
-    "decoding_seqlen=1, mempool=None, n_warmups=2",
-    "causal_conv1d:causal_conv1d_fn": "x, weight, bias=None, seq_idx=None, initial_states=None, "
-    "return_final_states=False, final_states_out=None, activation=None",
-    "causal_conv1d:causal_conv1d_update": "x, conv_state, weight, bias=None, activation=None, "
-    "cache_seqlens=None, conv_state_indices=None",
-    "causal_conv1d.causal_conv1d_interface:causal_conv1d_ref": "x, weight, bias=None, "
-    "initial_states=None, return_final_states=False, final_states_out=None, activation=None, "
-    "seq_idx=None",
-    "causal_conv1d.causal_conv1d_interface:causal_conv1d_update_ref": "x, conv_state, weight, "
-    "bias=None, activation=None, cache_seqlens=None",
-    "causal_conv1d.causal_conv1d_varlen:causal_conv1d_varlen_states": "x, cu_seqlens, state_len",
-    "causal_conv1d.cpp_functions:causal_conv1d_fwd_function": "x, weight, bias, seq_idx, "
-    "initial_states, final_states_out, silu_activation",
-    "causal_conv1d.cpp_functions:causal_conv1d_bwd_function": "x, weight, bias, dout, seq_idx, "
-    "initial_states, dfinal_states, dx, return_dinitial_states, silu_activation",
-    "causal_conv1d.cpp_functions:causal_conv1d_update_function": "x, conv_state, weight, bias, "
-    "silu_activation, cache_seqlens, conv_state_indices",
-    "selective_scan_cuda:fwd": "u, delta, A, B, C, D, z, delta_bias, delta_softplus",
-    "selective_scan_cuda:bwd": "u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, "
-    "delta_softplus, recompute_out_z",
-}
+import mamba_ssm
 
-NAMES = {
-    "mamba_ssm": "__version__ MambaLMHeadModel selective_scan_fn mamba_inner_fn",
-    "mamba_ssm.ops.selective_scan_interface": "SelectiveScanFn MambaInnerFn selective_scan_cuda",
-    "mamba_ssm.ops.triton.ssd_combined": "MambaChunkScanCombinedFn "
-    "MambaSplitConv1dScanCombinedFn _mamba_chunk_scan_combined_fwd _mamba_chunk_scan_combined_bwd",
-    "mamba_ssm.ops.triton.ssd_chunk_state": "_chunk_cumsum_fwd _chunk_state_fwd chunk_state "
-    "chunk_state_ref chunk_state_varlen",
-    "mamba_ssm.ops.triton.ssd_state_passing": "_state_passing_fwd state_passing state_passing_ref",
-    "mamba_ssm.ops.triton.ssd_bmm": "_bmm_chunk_fwd",
-    "mamba_ssm.ops.triton.ssd_chunk_scan": "_chunk_scan_fwd chunk_scan chunk_scan_ref",
-    "mamba_ssm.modules.ssd_minimal": "segsum",
-    "mamba_ssm.ops.triton.layer_norm": "LayerNormFn LayerNormLinearFn layer_norm_ref rms_norm_ref "
-    "_layer_norm_fwd",
-    "mamba_ssm.ops.triton.layernorm": "RMSNorm LayerNormFn layer_norm_ref rms_norm_ref "
-    "layer_norm_linear_fn _layer_norm_fwd",
-    "mamba_ssm.ops.triton.layernorm_gated": "LayerNormFn _layer_norm_fwd _layer_norm_bwd",
-    "mamba_ssm.distributed.distributed_utils": "AllGatherFunc ReduceScatterFunc AllReduceFunc "
-    "all_gather reduce_scatter all_reduce",
-    "mamba_ssm.distributed.tensor_parallel": "ParallelLinearFunc",
-    "mamba_ssm.modules.mamba_simple": "Mamba Block",
-    "mamba_ssm.ops.triton.k_activations": "SwiGLU swiglu",
-    "mamba_ssm.utils.torch": "custom_amp_decorator custom_fwd custom_bwd",
-    "mamba_ssm.models.config_mamba": "MambaConfig",
-    "mamba_ssm.models.mixer_seq_simple": "MixerModel _init_weights",
-    "mamba_ssm.utils.generation": "InferenceParams DecodingCGCache GenerationMixin",
-    "causal_conv1d": "__version__",
-    "causal_conv1d.causal_conv1d_interface": "CausalConv1dFn causal_conv1d_fwd_function "
-    "causal_conv1d_bwd_function causal_conv1d_update_function",
-    "causal_conv1d.causal_conv1d_varlen": "causal_conv1d_varlen_states_ref",
-    "causal_conv1d.cpp_functions": "LIBRARY_NAME",
-    "causal_conv1d_cuda": "causal_conv1d_fwd causal_conv1d_bwd causal_conv1d_update",
-}
+CONTRACT = pathlib.Path(__file__).with_name("contract.txt")
+
+# Keyword arguments of transformers' models: it hands them to every function that has such a name.
+OF_TRANSFORMERS = """position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k use_cache
+attention_mask output_attentions output_hidden_states output_router_logits logits_to_keep""".split()
 
 
-@pytest.mark.parametrize("path", SIGNATURES)
-def test_signature(path):
-    module, _, name = path.partition(":")
-    function = importlib.import_module(module)
+def contract():
+    """The rows of contract.txt: (module, name, what is said about it)."""
+    rows, module = [], None
+    text = re.sub("\n +", " ", CONTRACT.read_text())
+    for line in text.splitlines():
+        if line.startswith("["):
+            module = line.strip("[]")
+        elif line and not line.startswith("#"):
+            name, said = re.fullmatch(r"(-? ?[\w.]+)(.*)", line).groups()
+            rows.append((module, name, said.strip()))
+    return rows
+
+
+ROWS = contract()
+
+
+def look_up(module, name):
+    found = importlib.import_module(module)
     for part in name.split("."):
-        function = getattr(function, part)
-    assert inspect.isroutine(function) or inspect.isclass(function)
-    signature = re.sub(" at 0x[0-9a-f]+", "", str(inspect.signature(function)))
-    assert signature.removesuffix(" -> None") == f"({SIGNATURES[path]})"
+        found = getattr(found, part)
+    return found
 
 
-@pytest.mark.parametrize("module", NAMES)
-def test_names(module):
-    for name in NAMES[module].split():
-        assert hasattr(importlib.import_module(module), name), name
+def parameters_of(function):
+    """As contract.txt has them: without annotations."""
+    signature = inspect.signature(function)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    signature = signature.replace(parameters=plain, return_annotation=signature.empty)
+    return re.sub(" at 0x[0-9a-f]+", "", str(signature))
+
+
+@pytest.mark.parametrize("module, name, said", ROWS, ids=[f"{m}-{n}" for m, n, _ in ROWS])
+def test_contract(module, name, said):
+    if name.startswith("-"):
+        with pytest.raises(ImportError):
+            exec(f"from {module} import {name[2:]}")
+    elif said.startswith("="):
+        home, _, original = said[2:].rpartition(".")
+        assert look_up(module, name) is (
+            look_up(home, original) if home else importlib.import_module(original)
+        )
+    elif said:
+        function = look_up(module, name)
+        assert (
+            inspect.isfunction(function)
+            or inspect.ismethod(function)
+            or (inspect.isclass(function) and name[0].isupper())
+        )
+        assert parameters_of(function) == said
+    else:
+        look_up(module, name)
+
+
+def test_additions_are_not_taken_for_arguments_of_models():
+    added = {name for *_, said in ROWS for name in re.findall(r"(\w+)=", said.partition("*, ")[2])}
+    assert len(added) > 10 and not added.intersection(OF_TRANSFORMERS)
 
 
 @pytest.mark.parametrize("name, least", [("mamba_ssm", (2, 4, 0)), ("causal_conv1d", (1, 7, 0))])
@@ -279,6 +83,7 @@ def test_distribution(name, least):
     version = importlib.metadata.version(name)
     assert version == importlib.import_module(name).__version__
     assert tuple(map(int, version.split("."))) >= least
+    assert importlib.metadata.packages_distributions()[name] == [name]
 
 
 def test_determinism_mode(monkeypatch):
@@ -295,8 +100,26 @@ def test_determinism_mode(monkeypatch):
         set_deterministic_mode(None)
 
 
+def test_workspaces_of_kernels_of_others():
+    from mamba_ssm.utils import determinism
+
+    assert determinism.autotune_configs([1, 2]) == [1, 2]
+    parts, stride = determinism.alloc_tile_workspace((2, 3), 4, torch.float32, "cpu", True)
+    assert parts.shape == (2, 3, 4) and stride == parts.stride(-1) and not parts.any()
+    assert torch.equal(
+        determinism.finalize_tile_workspace(parts + 1, True), torch.full((2, 3), 4.0)
+    )
+    whole, stride = determinism.alloc_tile_workspace((2, 3), 4, torch.float64, "cpu", False)
+    assert whole.shape == (2, 3) and whole.dtype == torch.float64 and stride == 0
+    assert determinism.finalize_tile_workspace(whole, False) is whole
+    assert determinism.alloc_tile_workspace(None, 4, torch.float32, "cpu", True) == (None, 0)
+    assert determinism.finalize_tile_workspace(None, True) is None
+
+
 def test_amp_decorators():
-    from mamba_ssm.utils.torch import custom_bwd, custom_fwd
+    from mamba_ssm.utils.torch import custom_amp_decorator, custom_bwd, custom_fwd
+
+    assert custom_amp_decorator(custom_fwd, False) is custom_fwd
 
     class Double(torch.autograd.Function):
         @staticmethod
@@ -336,6 +159,64 @@ assert torch.get_num_threads() == threads
     assert result.stdout == "" and result.stderr == ""
 
 
+OPTIONAL = ["triton", "einops", "transformers", "huggingface_hub", "safetensors"]
+OPTIONAL += ["causal_conv1d", "flash_attn", "tilelang", "quack", "packaging"]
+
+
+@pytest.mark.parametrize(
+    "error", ["ModuleNotFoundError", "ImportError", "AttributeError", "RuntimeError", "OSError"]
+)
+def test_import_without_optional_packages(tmp_path, error):
+    """Neither missing nor broken ones matter, nor hidden GPUs: it works, prints nothing, and starts
+    no CUDA context."""
+    program = f"""
+import os, sys
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import torch
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL}:
+            raise {error}(f"{{name}} is broken")
+
+for name in {OPTIONAL}:
+    for loaded in [m for m in sys.modules if m.partition(".")[0] == name]:
+        del sys.modules[loaded]
+sys.meta_path.insert(0, Broken())
+import mamba_ssm, mamba_ssm.modules.mamba2_simple, mamba_ssm.modules.mha
+import mamba_ssm.distributed.tensor_parallel, mamba_ssm.utils.hf, mamba_ssm.utils.determinism
+config = mamba_ssm.models.config_mamba.MambaConfig(d_model=8, n_layer=2, vocab_size=9)
+for config.ssm_cfg in ({{"layer": "Mamba1"}}, {{"layer": "Mamba2", "headdim": 4}}):
+    model = mamba_ssm.MambaLMHeadModel(config)
+    tokens = model.generate(torch.zeros(1, 3, dtype=torch.long), 5)
+    model(tokens).logits.sum().backward()
+assert tokens.shape == (1, 5)
+if {error} in (ModuleNotFoundError, ImportError):
+    model.save_pretrained({str(tmp_path)!r})
+    mamba_ssm.MambaLMHeadModel.from_pretrained({str(tmp_path)!r})
+assert not torch.cuda.is_initialized()
+"""
+    result = in_new_process(program)
+    assert result.stdout == "" and result.stderr == ""
+
+
+def test_fork_after_import():
+    """As data loaders do."""
+    result = in_new_process(
+        """
+import os, torch, mamba_ssm
+block, x = mamba_ssm.Mamba(4), torch.zeros(1, 3, 4)
+block(x)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if block(x).shape == x.shape else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    )
+    assert result.stdout == "" and result.stderr == ""
+
+
 def test_submodules_are_attributes():
     in_new_process(
         """
@@ -351,6 +232,18 @@ assert mamba_ssm.models.mixer_seq_simple and mamba_ssm.utils.generation
 assert not hasattr(mamba_ssm, "selective_state_update")
 """
     )
+
+
+def test_functions_can_be_wrapped(monkeypatch):
+    """As programs do that keep them out of compiled graphs: what the package calls is the op."""
+    wrapped = torch.compiler.disable(mamba_ssm.selective_scan_fn)
+    assert inspect.signature(wrapped) == inspect.signature(mamba_ssm.selective_scan_fn)
+    interface = mamba_ssm.ops.selective_scan_interface
+    monkeypatch.setattr(interface, "selective_scan_fn", wrapped)
+    u, delta, B = torch.randn(2, 4, 7), torch.rand(2, 4, 7), torch.randn(2, 3, 7)
+    A = -torch.rand(4, 3)
+    expected = mamba_ssm.selective_scan_fn(u, delta, A, B, B)
+    assert torch.equal(interface.selective_scan_fn(u, delta, A, B, B), expected)
 
 
 @pytest.mark.parametrize("first", ["selective_scan_cuda", "causal_conv1d_cuda", "causal_conv1d"])
@@ -371,6 +264,97 @@ def test_another_torch_is_refused():
     )
     assert result.returncode == 1
     assert "ImportError" in result.stderr and "torch 2.9.1 is running" in result.stderr
+
+
+# Calls as projects write them ---------------------------------------------------------------------
+
+
+def test_calls_of_the_scan(device):
+    """Five, six and eight positional arguments, and None for False."""
+    from mamba_ssm import selective_scan_fn
+
+    u, delta, z = torch.randn(3, 2, 4, 7, device=device)
+    B, C = torch.randn(2, 2, 3, 7, device=device)
+    A, D, bias = -torch.rand(4, 3, device=device), *torch.randn(2, 4, device=device)
+    expected = selective_scan_fn(u, delta, A, B, C, D, z, bias, True, True)
+    named = {"delta_bias": bias, "delta_softplus": True, "return_last_state": True}
+    for got in (
+        selective_scan_fn(u, delta, A, B, C, D=D, z=z, **named),
+        selective_scan_fn(u, delta, A, B, C, D, z=z, **named),
+        selective_scan_fn(u, delta, A, B, C, D, z, **named),
+    ):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    named["return_last_state"] = None
+    assert torch.equal(selective_scan_fn(u, delta, A, B, C, D, z, **named), expected[0])
+
+
+def test_calls_of_the_state_update(device):
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    state = torch.randn(2, 6, 3, device=device)
+    x, dt, z = torch.randn(3, 2, 6, device=device)
+    B, C = torch.randn(2, 2, 3, device=device)
+    A, D, bias = -torch.rand(6, 3, device=device), *torch.randn(2, 6, device=device)
+    states = [state.clone() for _ in range(3)]
+    update = selective_state_update
+    outs = [
+        update(states[0], x, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True),
+        update(states[1], x, dt, A, B, C, D, z, bias, dt_softplus=True),
+        update(
+            state=states[2], x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=bias, dt_softplus=True
+        ),
+    ]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert all(torch.equal(s, states[0]) and not torch.equal(s, state) for s in states)
+    update(state, x, dt, A, B, C)  # D and dt_bias may be left out
+
+
+def test_calls_of_the_chunk_scan(device):
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+
+    x, dt = torch.randn(1, 9, 2, 4, device=device), torch.rand(1, 9, 2, device=device)
+    B, C = torch.randn(2, 1, 9, 1, 3, device=device)
+    A, D = -torch.rand(2, device=device), torch.randn(2, device=device)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    expected = scan(x, dt, A, B, C, 4, D)
+    assert torch.equal(scan(x, dt, A, B, C, chunk_size=4, D=D, z=None), expected)
+    limited = scan(x, dt, A, B, C, 4, D=D, dt_limit=[0.0, float("inf")], state_dtype=None)
+    assert torch.equal(limited, expected)
+    out, final, varlen = scan(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        4,
+        cu_seqlens=bounds,
+        seq_idx=torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32, device=device),
+        return_final_states=True,
+        return_varlen_states=True,
+        state_dtype=torch.float32,
+    )
+    assert final.shape == (1, 2, 4, 3) and varlen.shape == (2, 2, 4, 3)
+    torch.testing.assert_close(final, varlen[1:])
+
+
+def test_calls_of_the_norms(device):
+    """Of both generations, with the residual by position."""
+    from mamba_ssm.ops.triton import layer_norm, layernorm
+
+    x, residual = torch.randn(2, 3, 5, device=device)
+    weight, bias = torch.randn(2, 5, device=device)
+    named = {"eps": 1e-3, "prenorm": True, "residual_in_fp32": True}
+    for name in ("layer_norm_fn", "rms_norm_fn"):
+        now, then = getattr(layer_norm, name), getattr(layernorm, name)
+        expected = now(x, weight, bias, residual, **named)
+        torch.testing.assert_close(now(x, weight, bias, residual=residual, **named), expected)
+        torch.testing.assert_close(then(x, weight, bias, residual, **named), expected)
+        torch.testing.assert_close(then(x, weight, bias, residual=residual, **named), expected)
+    expected = layer_norm.rms_norm_fn(x, weight, bias, residual, **named)
+    by_position = layernorm.rms_norm_fn(x, weight, bias, residual, True, True, 1e-3)
+    torch.testing.assert_close(by_position, expected)
+    by_position = layernorm.layer_norm_fn(x, weight, bias, residual, 1e-3, True, True, True)
+    torch.testing.assert_close(by_position, expected)
 
 
 @pytest.fixture
@@ -465,6 +449,34 @@ def test_conv_extension_backward(conv):
     assert bwd(x, weight, bias, dout, None, state, None, *into, True) is None
     dx, dweight, dbias, dstate = expected(state)
     torch.testing.assert_close(into, [dx, dweight + 1, dbias + 1, dstate])
+
+
+def test_conv_functions_without_autograd(conv):
+    """What upstream's mamba_ssm calls, in its order of arguments."""
+    from causal_conv1d import cpp_functions
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
+
+    x, weight, bias, dout, state = conv.values()
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, state)]
+    expected, expected_final = causal_conv1d_ref(*leaves, True, activation="silu")
+    final = torch.empty_like(state)
+    out = cpp_functions.causal_conv1d_fwd_function(x, weight, bias, None, state, final, True)
+    torch.testing.assert_close((out, final), (expected.detach(), expected_final.detach()))
+
+    expected.backward(dout)
+    gradients = [leaf.grad for leaf in leaves]
+    for dx, wanted in ((None, True), (torch.empty_like(x), False)):
+        got = cpp_functions.causal_conv1d_bwd_function(
+            x, weight, bias, dout, None, state, None, dx, wanted, True
+        )
+        torch.testing.assert_close(list(got), gradients if wanted else [*gradients[:3], None])
+        assert dx is None or got[0] is dx
+
+    token, cache = x[..., :1], torch.cat([state, state[..., :1]], dim=-1)
+    expected_cache = cache.clone()
+    expected = causal_conv1d_update_ref(token, expected_cache, weight, bias, "silu")
+    got = cpp_functions.causal_conv1d_update_function(token, cache, weight, bias, True, None, None)
+    torch.testing.assert_close((got, cache), (expected, expected_cache))
 
 
 @pytest.mark.parametrize("count", [5, 6, 7, 8])

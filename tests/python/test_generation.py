@@ -11,6 +11,7 @@ from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import CausalLMOutput
 from mamba_ssm.utils import generation
 from mamba_ssm.utils.generation import (
+    InferenceParams,
     decode,
     modify_logit_for_repetition_penalty,
     modify_logits_for_min_p_filtering,
@@ -457,6 +458,34 @@ def test_long_prompts_come_back(device):
     expected[1, :4] = model.generate(tokens[1:2, :2], 4)[0]
     expected[2, :4] = tokens[2, :4]
     assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_packed_prefill(device, with_ids):
+    """Prompts in one row: their logits, and the steps of all of them behind that, are those of each
+    prompt alone. A row of the cache belongs to each."""
+    model, lengths, total = make(device, LAYERS["Mamba2"]), [5, 1, 3, 7], 12
+    tokens = prompts(device, 4, total)
+    expected = model(tokens).logits  # of each sequence alone, and causal
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    packed = torch.cat([tokens[i, :n] for i, n in enumerate(lengths)])[None]
+    packing = {"cu_seqlens": bounds}
+    if with_ids:  # as upstream wants it
+        packing["seq_idx"] = torch.repeat_interleave(
+            torch.arange(4, dtype=torch.int32), torch.tensor(lengths)
+        )[None].to(device)
+    params = InferenceParams(max_seqlen=total, max_batch_size=4)
+    logits = model(packed, inference_params=params, **packing).logits
+    alone = torch.cat([expected[i, :n] for i, n in enumerate(lengths)])[None]
+    torch.testing.assert_close(logits, alone)
+    assert params.key_value_memory_dict[0][1].shape[0] == 4
+    rows = torch.arange(4, device=device)
+    for step in range(total - max(lengths)):
+        position = torch.tensor(lengths, device=device) + step
+        params.seqlen_offset = max(lengths) + step
+        logits = model(tokens[rows, position, None], inference_params=params).logits
+        torch.testing.assert_close(logits[:, 0], expected[rows, position])
 
 
 @recurrent_layers

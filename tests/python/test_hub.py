@@ -1,8 +1,11 @@
 """Mamba2 in folders and repositories of the Hugging Face Hub, with and without its package."""
 
 import copy
+import errno
 import json
+import os
 import pickle
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from mamba_ssm import Mamba2
+from mamba_ssm.modules import _hub
 
 OPTIONS = {"headdim": 4, "d_state": 5, "dt_limit": (0.01, float("inf"))}
 
@@ -70,6 +74,72 @@ def test_missing_names(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors does not exist"):
         Mamba2.from_pretrained(tmp_path)
+
+
+HOSTILE_CONFIGS = {
+    "no JSON": ("{'d_model': 8}", "not valid JSON"),
+    "deep": ("[" * 100_000, "not valid JSON"),
+    "large": (" " * (1 << 20) + "{}", "more than 1048576 bytes"),
+    "a list": ("[8]", "expected a JSON object"),
+    "nothing": ("{}", "no such module can be made: .*'d_model'"),
+    "negative": ({"d_model": -8}, "no such module can be made"),
+    "text": ({"d_model": "8"}, "no such module can be made"),
+    "zero": ({"headdim": 0}, "no such module can be made"),
+    "fraction": ({"d_state": 5.5}, "no such module can be made"),
+    "not a number": ('{"d_model": 8, "headdim": 4, "expand": NaN}', "no such module can be made"),
+    "infinite": ({"expand": float("inf")}, "no such module can be made"),
+    "group": ({"process_group": 1}, "no such module can be made"),
+    "huge product": ({"d_model": 2**62}, "no such module can be made"),
+    "huge": ({"d_model": 2**24}, "size mismatch for in_proj.weight"),
+    "huge states": ({"d_state": 2**30}, "size mismatch for in_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("content, message", HOSTILE_CONFIGS.values(), ids=HOSTILE_CONFIGS.keys())
+def test_hostile_config(tmp_path, content, message):
+    """Is refused with a sentence, and before memory is asked for."""
+    Mamba2(8, headdim=4).save_pretrained(tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps({"d_model": 8, "headdim": 4, **content})
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Mamba2.from_pretrained(tmp_path)
+
+
+FAILURES = {"weights": (_hub, "save_safetensors"), "disk": (os, "fsync"), "name": (os, "replace")}
+
+
+@pytest.mark.parametrize("where", FAILURES)
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_failure_leaves_the_former_files(tmp_path, monkeypatch, where, kind):
+    block = Mamba2(8, headdim=4)
+    block.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise kind(errno.ENOSPC)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*FAILURES[where], fail)
+        with pytest.raises(kind):
+            Mamba2(8, headdim=8).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert_same(Mamba2.from_pretrained(tmp_path), block)
+
+
+def test_full_disk(tmp_path, no_hub):
+    """Here: a file that may not grow as long as it has to."""
+    block = Mamba2(8, headdim=4)
+    block.save_pretrained(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(Exception, match=r"[Ff]ile too large"):
+            Mamba2(64, headdim=8).save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert_same(Mamba2.from_pretrained(tmp_path), block)
 
 
 def test_without_the_package(tmp_path, no_hub):

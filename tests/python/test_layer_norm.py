@@ -365,3 +365,38 @@ def test_private_forward(is_rms_norm, device):
     torch.testing.assert_close(rstd, (s.square().mean(-1) + 1e-3).rsqrt().to(rstd.dtype))
     expected = s * (s.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * weight + bias
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("has_x1", [False, True])
+def test_private_backward(is_rms_norm, has_x1, device):
+    from mamba_ssm.ops.triton.layer_norm import _layer_norm_bwd, _layer_norm_fwd, layer_norm_fn
+
+    names = ["x", "residual", "weight", "bias", "weight1", "bias1"] + ["x1"] * has_x1
+    shapes = {"weight": (6,), "bias": (6,), "weight1": (6,), "bias1": (6,)}
+    leaves = {n: torch.randn(shapes.get(n, (5, 6)), device=device).requires_grad_() for n in names}
+    results = layer_norm_fn(**leaves, eps=1e-3, prenorm=True, is_rms_norm=is_rms_norm)
+    dy, dy1, dtotal = torch.randn(3, 5, 6, device=device)
+    expected = torch.autograd.grad(results, list(leaves.values()), [dy, dy1, dtotal])
+    expected = dict(zip(leaves, expected))
+    values = {name: leaf.detach() for name, leaf in leaves.items()}
+    _, _, mean, rstd, total, *_ = _layer_norm_fwd(
+        values["x"],
+        values["weight"],
+        values["bias"],
+        1e-3,
+        values["residual"],
+        values.get("x1"),
+        is_rms_norm=is_rms_norm,
+    )
+    arguments = (dy, total, values["weight"], values["bias"], 1e-3, mean, rstd, dtotal, dy1)
+    options = dict(has_residual=True, has_x1=has_x1, is_rms_norm=is_rms_norm)
+    *got, y = _layer_norm_bwd(
+        *arguments, values["weight1"], values["bias1"], recompute_output=True, **options
+    )
+    torch.testing.assert_close(y, results[0].detach())
+    order = ["x", "weight", "bias", "residual", "x1", "weight1", "bias1"]
+    for name, gradient in zip(order, got, strict=True):
+        torch.testing.assert_close(gradient, expected.get(name), msg=name)
+    with pytest.raises(ValueError, match="dropout_p must be 0"):
+        _layer_norm_bwd(*arguments, dropout_p=0.1, **options)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
 
 from mamba_ssm import Mamba2
 from mamba_ssm.modules.mamba2_simple import Mamba2Simple
@@ -147,12 +146,6 @@ def test_initial_values():
     assert block.norm.eps == 1e-5 and block.norm.group_size == 512
 
 
-def test_meta_device():
-    block = Mamba2(64, device="meta")
-    assert all(p.is_meta for p in block.parameters())
-    assert block(torch.empty(2, 7, 64, device="meta")).shape == (2, 7, 64)
-
-
 # Two paths ---------------------------------------------------------------------------------------
 
 
@@ -169,69 +162,6 @@ def test_fused_equals_unfused(device, options, packing):
     fused = gradients(block, x, **packed)
     block.use_mem_eff_path = False
     torch.testing.assert_close(gradients(block, x, **packed), fused)
-
-
-@pytest.mark.parametrize("name", ["in_proj", "conv1d", "norm", "out_proj"])
-def test_hooks_run(device, name):
-    block, x = make(device, d_ssm=16), tokens(device)
-    expected = block(x)
-    calls = []
-    getattr(block, name).register_forward_hook(lambda *_: calls.append(name))
-    torch.testing.assert_close(block(x), expected)
-    assert calls == [name]
-    torch.testing.assert_close(run_in_pieces(block, x, [3, 4, 1, 1]), expected)
-    assert len(calls) == 5
-
-
-class LowRank(nn.Module):
-    """A Linear with a low-rank update, as adapters wrap it."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Parameter(torch.randn(2, linear.in_features).to(linear.weight) / 10)
-        self.up = nn.Parameter(torch.randn(linear.out_features, 2).to(linear.weight) / 10)
-
-    @property
-    def weight(self):
-        return self.linear.weight
-
-    @property
-    def bias(self):
-        return self.linear.bias
-
-    def forward(self, x):
-        return self.linear(x) + x @ self.down.T @ self.up.T
-
-
-@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
-@pytest.mark.parametrize("use_mem_eff_path", [False, True])
-def test_wrapped_projection_takes_part(device, name, use_mem_eff_path):
-    block, x = make(device, use_mem_eff_path=use_mem_eff_path), tokens(device)
-    wrapped = copy.deepcopy(block)
-    adapter = LowRank(getattr(wrapped, name))
-    setattr(wrapped, name, adapter)
-    with torch.no_grad():  # the same function with the update merged into the weight
-        getattr(block, name).weight += adapter.up @ adapter.down
-    torch.testing.assert_close(wrapped(x), block(x))
-    torch.testing.assert_close(run_in_pieces(wrapped, x, [4] + [1] * 5), block(x))
-    wrapped(x).sum().backward()
-    assert adapter.up.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", ["norm", "out_proj", "conv1d"])
-def test_parametrization_takes_part(device, name):
-    block, x = make(device), tokens(device)
-
-    class Doubled(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    doubled = copy.deepcopy(block)
-    nn.utils.parametrize.register_parametrization(getattr(doubled, name), "weight", Doubled())
-    with torch.no_grad():
-        getattr(block, name).weight *= 2
-    torch.testing.assert_close(doubled(x), block(x))
 
 
 def test_packed_rows_need_a_plain_convolution():

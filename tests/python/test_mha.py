@@ -409,26 +409,10 @@ def test_bad_packing():
 # As a module ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["in_proj", "conv1d", "out_proj"])
-def test_hooks_run(name):
-    mha, x = make(**OPTIONS["all"]), tokens()
-    expected, calls = mha(x), []
-    getattr(mha, name).register_forward_hook(lambda *_: calls.append(name))
-    torch.testing.assert_close(mha(x), expected)
-    torch.testing.assert_close(run_in_pieces(mha, x, [3, 2, 1, 1]), expected)
-    assert len(calls) == 5
-
-
 def test_empty(device):
     mha = make(device, **OPTIONS["all"])
     assert mha(tokens(device)[:, :0]).shape == (2, 0, 24)
     assert mha(tokens(device)[:0]).shape == (0, 7, 24)
-
-
-def test_meta_device():
-    mha = MHA(24, 4, device="meta", **OPTIONS["all"])
-    assert all(t.is_meta for t in mha.state_dict().values())
-    assert mha(torch.empty(2, 7, 24, device="meta")).shape == (2, 7, 24)
 
 
 @pytest.mark.parametrize(

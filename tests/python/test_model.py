@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
@@ -292,20 +291,6 @@ def test_mixers_take_their_own_arguments_only():
 # Use as any other module ------------------------------------------------------------------------
 
 
-@models
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies(config, copied):
-    model = make(**config)
-    twin = copied(model)
-    assert torch.equal(twin(ids()).logits, model(ids()).logits)
-    assert twin.lm_head.weight is twin.backbone.embedding.weight
-    assert twin.lm_head.weight is not model.lm_head.weight
-    with torch.no_grad():
-        twin.lm_head.weight += 1
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(twin(ids()).logits, model(ids()).logits)
-
-
 def test_output():
     outputs = make()(ids())
     assert type(outputs) is type(make()(ids())) and outputs._fields == ("logits",)
@@ -374,72 +359,6 @@ def test_autocast(device, config, residual_in_fp32):
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
         assert parameter.grad.count_nonzero() > 0, name
-
-
-@models
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(device, config, use_reentrant):
-    model, tokens = make(device, torch.float64, **config), ids(device)
-    model(tokens).logits.square().sum().backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    hidden, residual = model.backbone.embedding(tokens), None
-    for layer in model.backbone.layers:
-        hidden, residual = checkpoint(layer, hidden, residual, use_reentrant=use_reentrant)
-    hidden = model.backbone.norm_f(hidden + residual)
-    model.lm_head(hidden).square().sum().backward()
-    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected)
-
-
-class LowRank(nn.Module):
-    """A Linear with a low-rank update and without other attributes of one, as adapters wrap it."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.base_layer = linear
-        self.down = nn.Linear(linear.in_features, 2, bias=False, dtype=linear.weight.dtype)
-        self.up = nn.Linear(2, linear.out_features, bias=False, dtype=linear.weight.dtype)
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
-
-    def forward(self, x):
-        return self.base_layer(x) + self.up(self.down(x))
-
-
-@models
-def test_adapters_take_part(device, config):
-    """In training, prefill and decoding; the model is the one with the updates merged."""
-    merged, tokens = make("cpu", torch.float64, **config), ids(device)
-    model = copy.deepcopy(merged).requires_grad_(False)
-    adapters = {}
-    for name, module in list(model.named_modules()):
-        parent, _, child = name.rpartition(".")
-        if child in ("in_proj", "x_proj", "out_proj", "fc1", "fc2"):
-            adapters[name] = LowRank(module)
-            setattr(model.get_submodule(parent), child, adapters[name])
-    assert len(adapters) >= 4
-    with torch.no_grad():
-        for name, adapter in adapters.items():
-            merged.get_submodule(name).weight += adapter.up.weight @ adapter.down.weight
-    model.to(device), merged.to(device)
-    expected, logits = merged(tokens).logits, model(tokens).logits
-    torch.testing.assert_close(logits, expected)
-    logits.square().sum().backward()
-    for name, adapter in adapters.items():
-        assert adapter.down.weight.grad.abs().sum() > 0, name
-        assert adapter.up.weight.grad.abs().sum() > 0, name
-    params, outputs = InferenceParams(max_seqlen=7, max_batch_size=2), []
-    with torch.no_grad():
-        for piece in tokens.split([4, 1, 2], dim=1):
-            outputs.append(model(piece, inference_params=params).logits)
-            params.seqlen_offset += piece.shape[1]
-    torch.testing.assert_close(torch.cat(outputs, dim=1), expected)
 
 
 def test_compile():

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn as nn
 from harness import properties
 
 from mamba_ssm import Mamba
@@ -78,12 +77,6 @@ def test_initial_values():
         Mamba(64, dt_init="ones")
 
 
-def test_meta_device():
-    block = Mamba(16, device="meta")
-    assert all(p.is_meta for p in block.parameters())
-    assert block(torch.empty(2, 7, 16, device="meta")).shape == (2, 7, 16)
-
-
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"conv_bias": False}, {"d_conv": 1}])
 def test_fast_path_equals_unfused(device, options):
     block, x = make(device, expand=1.5, **options), tokens(device)
@@ -92,69 +85,6 @@ def test_fast_path_equals_unfused(device, options):
     out_unfused, unfused = gradients(block, x)
     torch.testing.assert_close(out, out_unfused)
     torch.testing.assert_close(expected, unfused)
-
-
-class LowRank(nn.Module):
-    """A Linear with a low-rank update, as adapters wrap it."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Parameter(torch.randn(2, linear.in_features).to(linear.weight) / 10)
-        self.up = nn.Parameter(torch.randn(linear.out_features, 2).to(linear.weight) / 10)
-
-    @property
-    def weight(self):
-        return self.linear.weight
-
-    @property
-    def bias(self):
-        return self.linear.bias
-
-    def forward(self, x):
-        return self.linear(x) + x @ self.down.T @ self.up.T
-
-
-@pytest.mark.parametrize("name", ["in_proj", "x_proj", "dt_proj", "out_proj"])
-@pytest.mark.parametrize("use_fast_path", [False, True])
-def test_wrapped_projection_takes_part(device, name, use_fast_path):
-    block, x = make(device, use_fast_path=use_fast_path), tokens(device)
-    wrapped = copy.deepcopy(block)
-    adapter = LowRank(getattr(wrapped, name))
-    setattr(wrapped, name, adapter)
-    with torch.no_grad():  # the same function with the update merged into the weight
-        getattr(block, name).weight += adapter.up @ adapter.down
-    torch.testing.assert_close(wrapped(x), block(x))
-    steps = run_in_pieces(wrapped, x, [4] + [1] * 5)
-    torch.testing.assert_close(steps, block(x))
-    wrapped(x).sum().backward()
-    assert adapter.up.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", ["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"])
-def test_hooks_run(device, name):
-    block, x = make(device), tokens(device)
-    expected = block(x)
-    calls = []
-    getattr(block, name).register_forward_hook(lambda *_: calls.append(name))
-    torch.testing.assert_close(block(x), expected)
-    assert calls == [name]
-    torch.testing.assert_close(run_in_pieces(block, x, [3, 4, 1, 1]), expected)
-    assert len(calls) == 5
-
-
-def test_parametrization_takes_part(device):
-    block, x = make(device), tokens(device)
-
-    class Doubled(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    doubled = copy.deepcopy(block)
-    nn.utils.parametrize.register_parametrization(doubled.x_proj, "weight", Doubled())
-    with torch.no_grad():
-        block.x_proj.weight *= 2
-    torch.testing.assert_close(doubled(x), block(x))
 
 
 @torch.no_grad()

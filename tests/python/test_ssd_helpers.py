@@ -1,11 +1,9 @@
 """The chunk-wise parts of SSD in plain PyTorch, and functions over the op, against the oracle."""
 
-import inspect
-
 import pytest
 import torch
 from harness import cases, compare, oracle
-from mamba_ssm.modules.ssd_minimal import segsum, ssd_minimal_discrete
+from mamba_ssm.modules.ssd_minimal import segsum, segsum_unstable, ssd_minimal_discrete
 from mamba_ssm.ops.triton import (
     ssd_bmm,
     ssd_chunk_scan,
@@ -326,32 +324,235 @@ def test_segsum():
         for j in range(6):
             expected = x[:, j + 1 : i + 1].sum(-1) if i >= j else torch.full((2,), -INF).double()
             torch.testing.assert_close(sums[:, i, j], expected)
+    torch.testing.assert_close(segsum_unstable(x), sums)
 
 
-def test_signatures():
-    """Positional callers exist."""
-    expected = {
-        ssd_chunk_state._chunk_cumsum_fwd: "dt A chunk_size dt_bias dt_softplus dt_limit",
-        ssd_chunk_state._chunk_state_fwd: "B x dt dA_cumsum seq_idx states states_in_fp32",
-        ssd_chunk_state.chunk_state: "B x dt dA_cumsum states_in_fp32",
-        ssd_chunk_state.chunk_state_varlen: "B x dt dA_cumsum cu_seqlens chunk_states",
-        ssd_state_passing._state_passing_fwd: "states dA_chunk_cumsum initial_states seq_idx "
-        "chunk_size out_dtype",
-        ssd_state_passing.state_passing: "states dA_chunk_cumsum initial_states",
-        ssd_bmm._bmm_chunk_fwd: "a b chunk_size seq_idx causal output_dtype",
-        ssd_chunk_scan._chunk_scan_fwd: "cb x dt dA_cumsum C states D z seq_idx",
-        ssd_chunk_scan.chunk_scan: "B C x dt dA_cumsum prev_states D z",
-        ssd_combined.mamba_chunk_scan: "x dt A B C chunk_size D z dt_bias dt_softplus",
-        ssd_combined.ssd_selective_scan: "x dt A B C D z dt_bias dt_softplus dt_limit",
-        ssd_combined._mamba_chunk_scan_combined_fwd: "x dt A B C chunk_size D z dt_bias "
-        "initial_states seq_idx cu_seqlens dt_softplus dt_limit state_dtype",
-        ssd_combined._mamba_chunk_scan_combined_bwd: "dout x dt A B C out chunk_size D z dt_bias "
-        "initial_states dfinal_states seq_idx dt_softplus dt_limit dx ddt dB dC dz "
-        "recompute_output state_dtype",
-        ssd_minimal_discrete: "X A B C block_len initial_states",
-    }
-    for function, names in expected.items():
-        assert list(inspect.signature(function).parameters) == names.split(), function.__name__
+# Derivatives of the parts ------------------------------------------------------------------------
+
+
+def gradients(function, inputs, *cotangents):
+    """Of function in float64 inputs, by autograd."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    results = function(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    return torch.autograd.grad(results, leaves, [c.double() for c in cotangents])
+
+
+def of_sums(function, inputs, *cotangents):
+    """As gradients, with the last input, sums c along chunks, in terms of what is summed up."""
+    *others, c = inputs
+    steps = torch.cat([c[..., :1], c.diff(dim=-1)], dim=-1).double()
+    return gradients(
+        lambda *leaves: function(*leaves[:-1], leaves[-1].cumsum(-1)), [*others, steps], *cotangents
+    )
+
+
+def parts(dtype, device, packing, chunk_size):
+    """Arguments of the parts of one scan, and gradients for out and for states, at random."""
+    a, d = make(dtype, device, packing=packing)
+    c, steps = per_chunk(d, a["A"], chunk_size)
+    p = {"x": a["x"], "B": a["B"], "C": a["C"], "D": a["D"], "z": a["z"], "ids": a.get("seq_idx")}
+    p |= {"dt": steps.to(dtype), "c": c.float() if dtype != torch.float64 else c}
+    added = ssd_chunk_state._chunk_state_fwd(a["B"], a["x"], p["dt"], p["c"], p["ids"])
+    p["cb"] = ssd_bmm._bmm_chunk_fwd(a["C"], a["B"], chunk_size, p["ids"])
+    p["states"] = torch.randn_like(added, dtype=dtype)
+    p["dout"], p["dstates"] = torch.randn_like(a["x"]), torch.randn_like(added)
+    return p
+
+
+@TYPES
+@pytest.mark.parametrize("chunk_size", [1, 8, 64])
+@pytest.mark.parametrize("limits", [False, True])
+def test_chunk_cumsum_bwd(chunk_size, limits, dtype, device):
+    a, _ = make(dtype, device, limits=limits)
+    limit = (a.get("dt_min", 0.0), a.get("dt_max", INF))
+    leaves = [a[name] for name in ("dt", "A", "dt_bias")]
+
+    def forward(dt, A, bias):
+        c, d = ssd_chunk_state._chunk_cumsum_fwd(dt, A, chunk_size, bias, True, limit)
+        return torch.cat([c[..., :1], c.diff(dim=-1)], dim=-1), d
+
+    shape = ssd_chunk_state._chunk_cumsum_fwd(a["dt"], a["A"], chunk_size)[0].shape
+    ddA, dd = torch.randn(2, *shape, dtype=dtype, device=device)
+    expected = gradients(forward, leaves, ddA, dd)
+    got = ssd_chunk_state._chunk_cumsum_bwd(ddA, dd, a["dt"], a["A"], a["dt_bias"], True, limit)
+    for gradient, exact, kind in zip(got, expected, (dtype, None, None), strict=True):
+        check(gradient, exact, kind)
+    buffer = torch.full_like(a["dt"], torch.nan)
+    ddt, _, dbias = ssd_chunk_state._chunk_cumsum_bwd(
+        ddA, dd, a["dt"], a["A"], dt_limit=limit, ddt=buffer
+    )
+    assert ddt is buffer and dbias is None and not buffer.isnan().any()
+
+
+@TYPES
+@pytest.mark.parametrize("chunk_size", [1, 8, 64])
+@pytest.mark.parametrize("packing", [None, "packed", "padded"])
+def test_chunk_state_bwd(chunk_size, packing, dtype, device):
+    p = parts(dtype, device, packing, chunk_size)
+    inputs, wide = [p[n] for n in ("B", "x", "dt", "c")], p["c"].dtype
+
+    def forward(*leaves):
+        return ssd_chunk_state._chunk_state_fwd(*leaves, p["ids"])
+
+    dB, *_, ddA = of_sums(forward, inputs, p["dstates"])
+    arguments = (p["x"], p["dt"], p["c"], p["dstates"], p["ids"])
+    check(ssd_chunk_state._chunk_state_bwd_db(*arguments, ngroups=2), dB, wide)
+    for got, exact in zip(
+        ssd_chunk_state._chunk_state_bwd_db(*arguments, p["B"], 2), (dB, ddA), strict=True
+    ):
+        check(got, exact, wide)
+    stable = ssd_chunk_state._chunk_state_bwd_ddAcs_stable
+    check(stable(p["B"], *arguments), ddA, wide)
+    if packing is None:
+        expected = gradients(forward, inputs, p["dstates"])[1:]
+        buffer = torch.full_like(p["x"], torch.nan)
+        for dx in (None, buffer):
+            got = ssd_chunk_state._chunk_state_bwd_dx(*inputs, p["dstates"], dx)
+            for gradient, exact in zip(got, expected, strict=True):
+                check(gradient, exact)
+        assert got[0] is buffer
+
+
+@TYPES
+@pytest.mark.parametrize("packing", [None, "packed", "blank"])
+@pytest.mark.parametrize("initial", [False, True])
+def test_state_passing_bwd(packing, initial, dtype, device):
+    p = parts(dtype, device, packing, 4)
+    chunks = p["c"][..., -1]
+    first = torch.randn_like(p["dstates"][:, 0].flatten(2))
+    dout, dfinal = p["dstates"].flatten(3), torch.randn_like(first)
+    added = p["states"].flatten(3)
+
+    def forward(states, chunks, first):
+        return ssd_state_passing._state_passing_fwd(states, chunks, first, p["ids"], 4)
+
+    expected = gradients(forward, [added, chunks, first], dout, dfinal)
+    entering, _ = forward(added.double(), chunks.double(), first.double())
+    got = ssd_state_passing._state_passing_bwd(
+        entering, chunks, dout, dfinal, p["ids"], initial, dtype, torch.float16, 4
+    )
+    assert got[3].dtype == torch.float16 and got[0].dtype == dtype
+    assert (got[2] is not None) == initial
+    for gradient, exact in zip(got[: 2 + initial], expected):
+        check(gradient, exact)
+    without = ssd_state_passing._state_passing_bwd(entering, chunks, dout)
+    assert len(without) == 3 and (without[0][:, -1] == 0).all()
+
+
+@TYPES
+@pytest.mark.parametrize("chunk_size", [1, 8, 64])
+@pytest.mark.parametrize("groups", [True, False])
+def test_bmm_bwd(chunk_size, groups, dtype, device):
+    a, _ = make(dtype, device)
+    left, right = (a[n] if groups else a[n][:, :, 0] for n in ("C", "B"))
+    dout = torch.randn_like(ssd_bmm._bmm_chunk_fwd(left, right, chunk_size))
+
+    def forward(left, right):
+        return ssd_bmm._bmm_chunk_fwd(left, right, chunk_size)
+
+    dleft, dright = gradients(forward, (left, right), dout)
+    check(ssd_bmm._bmm_chunk_bwd(left, dout), dright, dtype)
+    buffer = torch.empty_like(right)
+    got = ssd_bmm._bmm_chunk_bwd(right, dout.mT, residual=left, out=buffer)
+    assert got is buffer
+    check(buffer, dleft + left.double(), dtype)
+
+
+@TYPES
+@pytest.mark.parametrize("chunk_size", [1, 8, 64])
+@pytest.mark.parametrize("packing", [None, "packed", "padded"])
+def test_chunk_scan_bwd(chunk_size, packing, dtype, device):
+    """Each derivative is one of the whole scan of chunks, with the rest of it left out."""
+    p, scan = parts(dtype, device, packing, chunk_size), ssd_chunk_scan
+    ids, dout, wide = p["ids"], p["dout"], p["c"].dtype
+
+    def tokens(cb, x, dt, c):
+        if ids is not None:  # gradients across sequences are not wanted
+            ones = torch.ones_like(p["C"], dtype=torch.float64)[..., :1, :1]
+            cb = cb * ssd_bmm._bmm_chunk_fwd(ones, ones, chunk_size, ids)
+        nothing = torch.zeros_like(p["states"])
+        return scan._chunk_scan_fwd(cb, x, dt, c, p["C"], nothing, None, None, ids)[0]
+
+    def states(C, states, c):
+        nothing = torch.zeros_like(p["x"], dtype=torch.float64)
+        return scan._chunk_scan_fwd(p["cb"], nothing, p["dt"], c, C, states, None, None, ids)[0]
+
+    inputs = [p[n] for n in ("cb", "x", "dt", "c")]
+    dcb, dx, ddt, _ = gradients(tokens, inputs, dout)
+    ddA = of_sums(tokens, inputs, dout)[-1]
+    arguments = (p["x"], p["dt"], p["c"], dout, ids)
+    check(scan._chunk_scan_bwd_dcb(*arguments, ngroups=2), dcb, wide)
+    got = scan._chunk_scan_bwd_dcb(*arguments, p["cb"], 2)
+    check(got[0], dcb, wide)
+    check(got[1], ddA, wide)
+
+    dC, dstates, dc = gradients(states, [p["C"], p["states"], p["c"]], dout)
+    check(scan._chunk_scan_bwd_dstates(p["C"], p["c"], dout, ids, wide), dstates, wide)
+    assert scan._chunk_scan_bwd_dstates(p["C"], p["c"], dout).dtype == dtype
+    arguments = (p["states"], p["c"], dout, ids)
+    check(scan._chunk_scan_bwd_dC(*arguments, ngroups=2), dC, wide)
+    got = scan._chunk_scan_bwd_dC(*arguments, p["C"], 2)
+    check(got[0], dC, wide)
+    check(got[1], dc, wide)
+    check(scan._chunk_scan_bwd_ddAcs_prev(p["states"], p["C"], dout, p["c"], ids), dc, wide)
+
+    _, dx_added, ddt_added, _ = gradients(
+        lambda *leaves: ssd_chunk_state._chunk_state_fwd(*leaves, ids),
+        [p[n] for n in ("B", "x", "dt", "c")],
+        p["dstates"],
+    )
+    kept = dout.double() if ids is None else torch.where((ids >= 0)[..., None, None], dout, 0)
+    for D in (p["D"], torch.randn(4, 5, dtype=dtype, device=device), None):
+        got = scan._chunk_scan_chunk_state_bwd_dx(
+            p["x"], p["dt"], p["c"], p["B"], p["cb"], dout, p["dstates"], D, ids
+        )
+        skip, dD = 0, None
+        if D is not None:
+            _, skip, dD = skip_gradients(D, p["x"], kept)
+            check(got[2], dD, D.dtype)
+        assert (got[2] is None) == (D is None)
+        check(got[0], dx + dx_added + skip, dtype)
+        check(got[1], ddt + ddt_added, dtype)
+        if packing is None:
+            got = scan._chunk_scan_bwd_dx(p["cb"], p["x"], p["dt"], p["c"], dout, D)
+            check(got[0], dx + skip, dtype)
+            check(got[1], ddt, dtype)
+    if packing is None:
+        arguments = (p["x"], p["dt"], p["c"], dout, p["cb"])
+        check(scan._chunk_scan_bwd_ddAcs_stable(*arguments), ddA, wide)
+
+
+def skip_gradients(D, x, dout):
+    """D x, and gradients of x and D, for dout."""
+    x, D, dout = x.double(), D.double(), dout.double()
+    per_channel = D if D.dim() == 2 else D[:, None].expand(-1, x.shape[-1])
+    dD = torch.einsum("blhp,blhp->hp", x, dout)
+    return x * per_channel, dout * per_channel, dD if D.dim() == 2 else dD.sum(-1)
+
+
+@TYPES
+@pytest.mark.parametrize("D", ["head", "channel", None])
+def test_gate_bwd(D, dtype, device):
+    """dz and what is before the gate; the part of ddA_cumsum of tokens as readers."""
+    p, scan = parts(dtype, device, None, 8), ssd_chunk_scan
+    D = {"head": p["D"], "channel": torch.randn(4, 5, dtype=dtype, device=device)}.get(D)
+    x, z, dout = p["x"], p["z"], p["dout"]
+    y = torch.randn_like(x)
+    dy, dz = gradients(lambda y, z: y * torch.nn.functional.silu(z), (y, z), dout)
+    skip, dD = (0, None) if D is None else skip_gradients(D, x, dy)[::2]
+    ddA = (dy * (y.double() - skip)).sum(-1)  # (batch, seqlen, nheads)
+    buffer = torch.empty_like(z)
+    got = scan._chunk_scan_bwd_dz(x, z, y, dout, 8, D=D, dz=buffer, recompute_output=True)
+    assert got[0] is buffer
+    check(got[0], dz)
+    check(got[1], dy)
+    assert (got[2] is None) == (D is None)
+    if D is not None:
+        check(got[2], dD)
+    check(got[3].flatten(2)[..., : x.shape[1]].mT, ddA)
+    check(got[4], y.double() * torch.nn.functional.silu(z.double()))
+    assert len(scan._chunk_scan_bwd_dz(x, z, y, dout, 8, has_ddAcs=False)) == 3
 
 
 # Inside the op -----------------------------------------------------------------------------------

@@ -186,6 +186,13 @@ def _complete_tied(model, state_dict, prefix, *_):
         for name, twin in ((embedding, head), (head, embedding)):
             if name not in state_dict and twin in state_dict:
                 state_dict[name] = state_dict[twin]
+    model._were_tied = model.lm_head.weight is model.backbone.embedding.weight
+
+
+def _tie_assigned(model, incompatible_keys):
+    """load_state_dict(assign=True) makes one parameter for each name of a tied matrix."""
+    if vars(model).pop("_were_tied"):
+        model.tie_weights()
 
 
 class MambaLMHeadModel(nn.Module, GenerationMixin):
@@ -218,6 +225,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False, **factory_kwargs)
         self.tie_weights()
         self.register_load_state_dict_pre_hook(_complete_tied)
+        self.register_load_state_dict_post_hook(_tie_assigned)
 
     def tie_weights(self):
         """Makes the head's weight the embedding's, if the config says so."""

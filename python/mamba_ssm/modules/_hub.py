@@ -7,10 +7,13 @@ methods and file format and imports the package only to reach the Hub.
 
 import inspect
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from mamba_ssm.utils._safetensors import load_safetensors, save_safetensors
+from mamba_ssm.utils.hf import _MAX_CONFIG_SIZE, _read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -56,16 +59,25 @@ class HubMixin:
     ):
         """Writes config.json, the arguments of the constructor or `config`, and model.safetensors.
 
+        Both are complete on the disk before the first of them takes the place of a former one.
         push_to_hub: also uploads both, as push_to_hub does, to repo_id, by default the name of the
         folder; returns its address.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         config = self._hub_config if config is None else config
         text = json.dumps(config, indent=2, sort_keys=True)  # with Infinity, as the mixin has it
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_safetensors(tensors, folder / WEIGHTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+            paths = [Path(temporary, WEIGHTS), Path(temporary, CONFIG)]
+            save_safetensors(tensors, paths[0])
+            paths[1].write_text(text + "\n", encoding="utf-8")
+            shutil.copymode(paths[1], paths[0])  # safetensors makes files for their owner only
+            for path in paths:
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            for path in paths:
+                os.replace(path, folder / path.name)
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or folder.name, config=config, **push_to_hub_kwargs)
@@ -89,6 +101,10 @@ class HubMixin:
         model_kwargs go to the constructor, before the arguments in config.json. map_location:
         device that the module is moved to, unless "cpu". strict=False: names may be missing. The
         others are those of huggingface_hub.snapshot_download. Loading runs no code from the folder.
+
+        Raises FileNotFoundError without weights, ValueError for a config that describes no module
+        and for malformed files, RuntimeError that lists the weights that do not fit, all before
+        memory for the module is asked for.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -111,13 +127,25 @@ class HubMixin:
                 f"{cls.__name__}.from_pretrained: {folder / WEIGHTS} does not exist; expected a "
                 f"folder with {CONFIG} and {WEIGHTS}, as save_pretrained writes it"
             )
+        known = inspect.signature(cls.__init__).parameters
         if (folder / CONFIG).is_file():
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            known = inspect.signature(cls.__init__).parameters
+            config = _read_json(folder / CONFIG, _MAX_CONFIG_SIZE)
+            if not isinstance(config, dict):
+                raise ValueError(f"{folder / CONFIG}: expected a JSON object")
             saved = {name: value for name, value in config.items() if name in known}
             model_kwargs = {**saved, **model_kwargs}
+        state_dict = load_safetensors(folder / WEIGHTS)
+        if "device" in known:  # compare names and shapes where a module takes no memory
+            try:
+                description = cls(**{**model_kwargs, "device": "meta"})
+            except Exception as error:
+                raise ValueError(
+                    f"{cls.__name__}.from_pretrained: {folder / CONFIG}: no such module can be "
+                    f"made: {error}"
+                ) from error
+            description.load_state_dict(state_dict, strict=strict, assign=True)
         module = cls(**model_kwargs)
-        module.load_state_dict(load_safetensors(folder / WEIGHTS), strict=strict)
+        module.load_state_dict(state_dict, strict=strict)
         return module if map_location == "cpu" else module.to(map_location)
 
     def push_to_hub(

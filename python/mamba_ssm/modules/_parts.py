@@ -27,6 +27,16 @@ def read_cache(cache, dtype):
     return values.clone() if torch.is_grad_enabled() and dtype == cache.dtype else values
 
 
+def cache_options(module, layers, dtype=None):
+    """Device and dtype (unless given) of a new cache of module: those of the first of `layers` with
+    a weight of floating type, not a quantized one, else those of a parameter, else the defaults."""
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    for weight in (*weights, *module.parameters()):
+        if torch.is_tensor(weight) and weight.is_floating_point():
+            return {"device": weight.device, "dtype": dtype or weight.dtype}
+    return {"device": torch.get_default_device(), "dtype": dtype or torch.get_default_dtype()}
+
+
 def states_from_cache(module, inference_params, batch_size, initialize_states=False):
     """The states of layer module.layer_idx, made where there are none; zeros on request."""
     name = type(module).__name__

@@ -11,6 +11,7 @@ from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParal
 from mamba_ssm.modules._hub import HubMixin
 from mamba_ssm.modules._parts import (
     A_of_step,
+    cache_options,
     is_plain,
     read_cache,
     states_from_cache,
@@ -298,22 +299,12 @@ class Mamba2(nn.Module, HubMixin):
 
         dtype: of both, state_dtype: of ssm_state; None: that of the weights.
         """
-        device = self.out_proj.weight.device
-        conv_state = torch.zeros(
-            batch_size,
-            self.d_conv,
-            self.conv1d.weight.shape[0],
-            device=device,
-            dtype=dtype or self.conv1d.weight.dtype,
-        ).transpose(1, 2)
-        ssm_state = torch.zeros(
-            batch_size,
-            self.nheads,
-            self.headdim,
-            self.d_state,
-            device=device,
-            dtype=state_dtype or dtype or self.in_proj.weight.dtype,
-        )
+        channels = self.d_ssm + 2 * self.ngroups * self.d_state
+        options = cache_options(self, [self.conv1d, self.in_proj], dtype)
+        conv_state = torch.zeros(batch_size, self.d_conv, channels, **options).transpose(1, 2)
+        options = cache_options(self, [self.in_proj, self.conv1d], state_dtype or dtype)
+        shape = (batch_size, self.nheads, self.headdim, self.d_state)
+        ssm_state = torch.zeros(shape, **options)
         return conv_state, ssm_state
 
     def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):

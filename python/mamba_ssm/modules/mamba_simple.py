@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mamba_ssm.modules._parts import (
     A_of_step,
+    cache_options,
     is_plain,
     read_cache,
     states_from_cache,
@@ -212,21 +213,10 @@ class Mamba(nn.Module):
 
         dtype: of both, state_dtype: of ssm_state; None: that of the weights.
         """
-        device = self.out_proj.weight.device
-        conv_state = torch.zeros(
-            batch_size,
-            self.d_inner,
-            self.d_conv,
-            device=device,
-            dtype=dtype or self.conv1d.weight.dtype,
-        )
-        ssm_state = torch.zeros(
-            batch_size,
-            self.d_inner,
-            self.d_state,
-            device=device,
-            dtype=state_dtype or dtype or self.dt_proj.weight.dtype,
-        )
+        options = cache_options(self, [self.conv1d, self.in_proj], dtype)
+        conv_state = torch.zeros(batch_size, self.d_inner, self.d_conv, **options)
+        options = cache_options(self, [self.dt_proj, self.conv1d], state_dtype or dtype)
+        ssm_state = torch.zeros(batch_size, self.d_inner, self.d_state, **options)
         return conv_state, ssm_state
 
     def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mamba_ssm.modules._parts import is_plain, read_cache
+from mamba_ssm.modules._parts import cache_options, is_plain, read_cache
 from mamba_ssm.ops.triton._chunks import sequence_ids
 
 ops = torch.ops.mamba_ssm
@@ -225,16 +225,13 @@ class MHA(nn.Module):
         kv_cache (batch_size, max_seqlen, 2, num_heads_kv, head_dim); conv_state (batch_size,
         channels, d_conv), the last inputs of the convolution, None without one.
         """
-        factory_kwargs = {
-            "device": self.out_proj.weight.device,
-            "dtype": dtype or self.out_proj.weight.dtype,
-        }
+        options = cache_options(self, [self.out_proj, self.in_proj], dtype)
         kv_cache = torch.zeros(
-            batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim, **factory_kwargs
+            batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim, **options
         )
         conv_state = None
         if self.d_conv > 0:
-            conv_state = torch.zeros(batch_size, self.qkv_dim, self.d_conv, **factory_kwargs)
+            conv_state = torch.zeros(batch_size, self.qkv_dim, self.d_conv, **options)
         return kv_cache, conv_state
 
     def _sequences(self, x, inference_params, seq_idx, cu_seqlens):

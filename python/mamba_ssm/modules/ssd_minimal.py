@@ -14,6 +14,13 @@ def segsum(x):
     return terms.cumsum(dim=-2).masked_fill(below.mT, -torch.inf)
 
 
+def segsum_unstable(x):
+    """segsum as differences of sums, which lose digits where sums are long."""
+    sums = x.cumsum(dim=-1)
+    above = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).masked_fill(above, -torch.inf)
+
+
 def ssd_minimal_discrete(X, A, B, C, block_len, initial_states=None):
     """h_t = exp(A_t) h_{t-1} + X_t B_t^T, Y_t = h_t C_t, in blocks of block_len steps.
 

@@ -14,11 +14,18 @@ def save_safetensors(tensors, path):
 
 
 def load_safetensors(path):
-    """CPU tensors by name."""
+    """CPU tensors by name. Raises ValueError that names a malformed file and its fault."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
         from mamba_ssm import _C
 
-        return _C.load_safetensors(str(path))
-    return load_file(path)
+        try:
+            return _C.load_safetensors(str(path))
+        except RuntimeError as error:  # "load_safetensors: PATH: FAULT"
+            raise ValueError(str(error).partition(": ")[2]) from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error

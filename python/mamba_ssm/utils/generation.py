@@ -75,7 +75,7 @@ def modify_logits_for_top_p_filtering(logits, top_p):
     if not 0.0 < top_p < 1.0:
         return
     values, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = upcast(values).softmax(dim=-1).double()
+    probabilities = values.double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # of all more probable tokens
     removed = torch.empty_like(before, dtype=torch.bool).scatter_(-1, tokens, before >= top_p)
     logits.masked_fill_(removed, -math.inf)

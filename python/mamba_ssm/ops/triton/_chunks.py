@@ -39,6 +39,22 @@ def sequences_at_chunk_ends(seq_idx, chunk_size):
     return torch.cat([sequence[:, :1], sequence[:, ends.clamp(max=seqlen - 1)]], dim=1)
 
 
+def vjp(function, inputs, cotangents):
+    """Gradients of function in the tensors `inputs`, for cotangents of its results.
+
+    In float64: sums over time and channels of numbers that cancel lose nothing.
+    """
+    inputs = tuple(tensor.detach().double() for tensor in inputs)
+    cotangents = cotangents.double() if torch.is_tensor(cotangents) else cotangents
+    return torch.autograd.functional.vjp(function, inputs, cotangents)[1]
+
+
+def sum_from_each_on(M):
+    """Sums of (..., chunk_size) from each position to the end: what turns a gradient for sums along
+    a chunk into one for what is added up."""
+    return M.flip(-1).cumsum(-1).flip(-1)
+
+
 def sequence_ids(cu_seqlens, seqlen, seq_idx=None):
     """seq_idx of the sequences that cu_seqlens (num_sequences + 1,) describes: (1, seqlen), int64.
 

@@ -398,3 +398,60 @@ def _layer_norm_fwd(
         v if v is None or out_dtype is None else v.to(out_dtype) for v in (y, *heads, None)[:2]
     )
     return y, y1, mean, rstd, total, None, mask, mask1
+
+
+def _layer_norm_bwd(
+    dy,
+    x,
+    weight,
+    bias,
+    eps,
+    mean,
+    rstd,
+    dresidual=None,
+    dy1=None,
+    weight1=None,
+    bias1=None,
+    seeds=None,
+    dropout_p=0.0,
+    rowscale=None,
+    has_residual=False,
+    has_x1=False,
+    is_rms_norm=False,
+    x_dtype=None,
+    recompute_output=False,
+):
+    """The backward on (rows, channels), without dropout, whose masks have no place here.
+
+    x is the sum that was normalized, x_dtype the dtype of what was added up first (None: x's),
+    dresidual the gradient of the sum. mean and rstd are computed again. Returns (dx, dweight,
+    dbias, dresidual_in, dx1, dweight1, dbias1), None where there is no such argument, then the
+    output with recompute_output. Raises ValueError for dropout_p > 0.
+    """
+    if dropout_p > 0:
+        raise ValueError(
+            "_layer_norm_bwd: dropout_p must be 0; layer_norm_fn differentiates dropout"
+        )
+    options = dict(eps=eps, is_rms_norm=bool(is_rms_norm))
+    dx, dweight, dbias, dresidual_in, dx1, *others = ops.layer_norm_bwd(
+        dy.to(x_dtype or x.dtype),
+        dy1,
+        dresidual,
+        x,
+        weight,
+        bias,
+        weight1,
+        bias1,
+        rowscale,
+        has_residual=bool(has_residual),
+        has_x1=bool(has_x1),
+        **options,
+    )
+    if has_residual and dresidual_in is None:
+        dresidual_in = dx
+    if has_x1 and dx1 is None:
+        dx1 = dx
+    gradients = (dx, dweight, dbias, dresidual_in, dx1, *others)
+    if not recompute_output:
+        return gradients
+    return (*gradients, ops.layer_norm(x, weight, bias, **options)[0])

@@ -2,6 +2,7 @@
 
 from mamba_ssm.ops.triton import layer_norm as _current
 from mamba_ssm.ops.triton.layer_norm import (  # noqa: F401  part of the former module
+    LayerNormLinearFn,
     RMSNorm,
     layer_norm_linear_fn,
     layer_norm_ref,

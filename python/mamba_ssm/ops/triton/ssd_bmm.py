@@ -25,3 +25,27 @@ def _bmm_chunk_fwd(a, b, chunk_size, seq_idx=None, causal=False, output_dtype=No
     if causal:
         out = out.tril()
     return out.to(output_dtype or a.dtype)
+
+
+def _bmm_chunk_bwd(a, dout, residual=None, out=None):
+    """Gradient of b in _bmm_chunk_fwd(a, b): what a and dout give for its other argument.
+
+    Arguments:
+        a: (batch, seqlen, k) or (batch, seqlen, ngroups, k).
+        dout: (batch, nchunks, [ngroups,] chunk_size, chunk_size).
+        residual: like a, added.
+        out: tensor to write to.
+
+    Returns a tensor like a.
+    """
+    dtype = compute_dtype(a)
+    rows = chunked(a.to(dtype), dout.shape[-1])
+    if a.dim() == 4:
+        rows = rows.transpose(2, 3)
+    product = dout.to(dtype).mT @ rows
+    if a.dim() == 4:
+        product = product.transpose(2, 3)
+    product = product.flatten(1, 2)[:, : a.shape[1]]
+    if residual is not None:
+        product = product + residual.to(dtype)
+    return product.to(a.dtype) if out is None else out.copy_(product)

@@ -7,6 +7,8 @@ chunk_size); behind the last token d is 0.
 
 seq_idx (batch, seqlen) packs sequences into rows. Padding (ids < 0) contributes nothing; it also
 leaves the state as it is where d is 0 there.
+
+Functions named _bwd are derivatives; ddA is a gradient for d A, ddA_cumsum one for its sums c.
 """
 
 import torch
@@ -18,6 +20,8 @@ from mamba_ssm.ops.triton._chunks import (
     per_head,
     sequence_of,
     sequences_at_chunk_ends,
+    sum_from_each_on,
+    vjp,
 )
 
 
@@ -28,14 +32,46 @@ def _chunk_cumsum_fwd(
 
     Returns (c, d), each (batch, nheads, nchunks, chunk_size).
     """
+    d = _steps(dt, dt_bias, chunk_size, dt_softplus, dt_limit)
+    return (d * A.to(d.dtype)[:, None, None]).cumsum(dim=-1), d
+
+
+def _steps(dt, dt_bias, chunk_size, dt_softplus, dt_limit):
     dtype = compute_dtype(dt)
     d = dt.to(dtype)
     if dt_bias is not None:
         d = d + dt_bias.to(dtype)
     if dt_softplus:
         d = F.softplus(d)
-    d = chunked(d.clamp(*dt_limit), chunk_size).permute(0, 3, 1, 2)
-    return (d * A.to(dtype)[:, None, None]).cumsum(dim=-1), d
+    return chunked(d.clamp(*dt_limit), chunk_size).permute(0, 3, 1, 2)
+
+
+def _chunk_cumsum_bwd(
+    ddA,
+    ddt_out,
+    dt,
+    A,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    ddt=None,
+):
+    """Derivative of d and d A, from ddA and ddt_out, gradients of both, like d.
+
+    ddt is a tensor to write to. Returns (ddt like dt, dA (nheads,), ddt_bias (nheads,) or None),
+    the last two in float32 (float64 for float64).
+    """
+    bias = torch.zeros_like(A) if dt_bias is None else dt_bias
+
+    def results(dt, A, bias):
+        d = _steps(dt, bias, ddA.shape[-1], dt_softplus, dt_limit)
+        return d * A[:, None, None], d
+
+    cotangents = (ddA.double(), ddt_out.double())
+    gradient, dA, ddt_bias = vjp(results, (dt, A, bias), cotangents)
+    dtype = compute_dtype(dt)
+    ddt = gradient.to(dt.dtype) if ddt is None else ddt.copy_(gradient)
+    return ddt, dA.to(dtype), None if dt_bias is None else ddt_bias.to(dtype)
 
 
 def _chunk_state_fwd(B, x, dt, dA_cumsum, seq_idx=None, states=None, states_in_fp32=True):
@@ -76,6 +112,46 @@ def chunk_state(B, x, dt, dA_cumsum, states_in_fp32=True):
 
 
 chunk_state_ref = chunk_state
+
+
+class ChunkStateFn:
+    """Former autograd function of chunk_state; autograd differentiates it now."""
+
+    apply = staticmethod(chunk_state)
+
+
+def _chunk_state_gradients(B, x, dt, dA_cumsum, dstates, seq_idx=None):
+    """Gradients of B, x, dt and dA_cumsum in _chunk_state_fwd, in float64."""
+
+    def states(B, x, dt, dA_cumsum):
+        return _chunk_state_fwd(B, x, dt, dA_cumsum, seq_idx)
+
+    return vjp(states, (B, x, dt, dA_cumsum), dstates)
+
+
+def _chunk_state_bwd_dx(B, x, dt, dA_cumsum, dstates, dx=None):
+    """Derivative of chunk_state in x (into dx if given), dt and dA_cumsum:
+    (dx, ddt, ddA_cumsum), each like its argument."""
+    _, gradient, ddt, ddA_cumsum = _chunk_state_gradients(B, x, dt, dA_cumsum, dstates)
+    dx = gradient.to(x.dtype) if dx is None else dx.copy_(gradient)
+    return dx, ddt.to(dt.dtype), ddA_cumsum.to(dA_cumsum.dtype)
+
+
+def _chunk_state_bwd_db(x, dt, dA_cumsum, dstates, seq_idx=None, B=None, ngroups=1):
+    """Derivative of _chunk_state_fwd in B, (batch, seqlen, ngroups, dstate), in float32 (float64
+    for float64), which does not depend on B. With B, of ngroups groups, (dB, ddA)."""
+    shape = (*x.shape[:2], ngroups, dstates.shape[-1])
+    dB, _, _, ddA_cumsum = _chunk_state_gradients(
+        x.new_zeros(shape) if B is None else B, x, dt, dA_cumsum, dstates, seq_idx
+    )
+    dB = dB.to(compute_dtype(x))
+    return dB if B is None else (dB, sum_from_each_on(ddA_cumsum).to(dA_cumsum.dtype))
+
+
+def _chunk_state_bwd_ddAcs_stable(B, x, dt, dA_cumsum, dstates, seq_idx=None):
+    """ddA of _chunk_state_fwd, like dA_cumsum."""
+    *_, ddA_cumsum = _chunk_state_gradients(B, x, dt, dA_cumsum, dstates, seq_idx)
+    return sum_from_each_on(ddA_cumsum).to(dA_cumsum.dtype)
 
 
 def chunk_state_varlen(B, x, dt, dA_cumsum, cu_seqlens, chunk_states):

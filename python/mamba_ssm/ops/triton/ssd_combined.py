@@ -5,10 +5,40 @@ import torch.nn.functional as F
 
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton._chunks import chunked, compute_dtype, sequence_ids
-from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref
-from mamba_ssm.ops.triton.ssd_chunk_scan import chunk_scan
-from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
-from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_fwd
+from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn  # noqa: F401
+
+# Not all used here: programs also take the parts from this module.
+from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd  # noqa: F401
+from mamba_ssm.ops.triton.ssd_chunk_scan import (  # noqa: F401
+    _chunk_scan_bwd_dC,
+    _chunk_scan_bwd_dcb,
+    _chunk_scan_bwd_ddAcs_prev,
+    _chunk_scan_bwd_ddAcs_stable,
+    _chunk_scan_bwd_dstates,
+    _chunk_scan_bwd_dx,
+    _chunk_scan_bwd_dz,
+    _chunk_scan_chunk_state_bwd_dx,
+    _chunk_scan_fwd,
+    chunk_scan,
+    chunk_scan_ref,
+)
+from mamba_ssm.ops.triton.ssd_chunk_state import (  # noqa: F401
+    _chunk_cumsum_bwd,
+    _chunk_cumsum_fwd,
+    _chunk_state_bwd_db,
+    _chunk_state_bwd_ddAcs_stable,
+    _chunk_state_bwd_dx,
+    _chunk_state_fwd,
+    chunk_state,
+    chunk_state_ref,
+    chunk_state_varlen,
+)
+from mamba_ssm.ops.triton.ssd_state_passing import (  # noqa: F401
+    _state_passing_bwd,
+    _state_passing_fwd,
+    state_passing,
+    state_passing_ref,
+)
 
 ops = torch.ops.mamba_ssm
 
