@@ -23,11 +23,14 @@ from mamba_ssm.bench_workload import (
     ssd_inputs,
     time_loop,
 )
+from mamba_ssm.models.config_mamba import MambaConfig
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
 from mamba_ssm.ops.triton.layer_norm import rms_norm_ref as add_rms_norm_ref
 from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from mamba_ssm.utils.generation import InferenceParams
 
 ops = torch.ops.mamba_ssm
 PEER = json.loads((Path(__file__).parent / "bench_peer.json").read_text(encoding="utf-8"))
@@ -398,6 +401,49 @@ def block(report):
         report.gpu_row(f"{name}/bwd", ms)
 
 
+def language_model(report):
+    """Prompts and greedy generation of 100 tokens after 100, as called, with random weights."""
+    sizes = [("130m", 768, 24, "Mamba1"), ("130m", 768, 24, "Mamba2")]
+    sizes += [("2.8b", 2560, 64, "Mamba1"), ("2.7b", 2560, 64, "Mamba2")]
+    for size, d_model, n_layer, layer in sizes:
+        config = MambaConfig(d_model, n_layer=n_layer, vocab_size=50277, ssm_cfg=dict(layer=layer))
+        model = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16).eval()
+        name = f"lm/{layer.lower()}-{size}"
+        prompts = torch.randint(1, 1000, (4, 2048), device="cuda")
+        with torch.no_grad():
+            ms = gpu_ms(lambda: model(prompts, num_last_tokens=1).logits)
+        report.gpu_row(f"{name}/prefill_B4L2048", ms)
+        for batch in (1, 64):
+            prompts = torch.randint(1, 1000, (batch, 100), device="cuda")
+
+            def generate():
+                model.generate(prompts, max_length=200, top_k=1, cg=True)
+                torch.cuda.synchronize()
+
+            generate()  # captures the graph
+            times = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                generate()
+                times.append(1e3 * (time.perf_counter() - begin))
+            report.gpu_row(f"{name}/generate_B{batch}_100+100", statistics.median(times))
+        print(f"{name}: {launches_of_step(model)} kernels in a decode step of {n_layer} layers")
+
+
+def launches_of_step(model):
+    """CUDA kernels that one token of one row takes."""
+    params = InferenceParams(max_seqlen=3, max_batch_size=1)
+    token = torch.ones(1, 1, dtype=torch.long, device="cuda")
+    with torch.no_grad():
+        for _ in range(2):  # the first call makes the cache and fills it
+            with torch.profiler.profile() as profile:
+                model(token, inference_params=params)
+                torch.cuda.synchronize()
+            params.seqlen_offset += 1
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
+
+
 def cpu_ms(call, budget_s=2.0):
     """Shortest time of call(): other work on the machine only ever adds."""
     call()
@@ -509,5 +555,6 @@ GROUPS = {
     "decode": decode,
     "norm": norm,
     "block": block,
+    "lm": language_model,
     "cpu": cpu,
 }

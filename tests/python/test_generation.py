@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness import replay
-from mamba_ssm import MambaLMHeadModel
+from mamba_ssm import MambaLMHeadModel, bench
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import CausalLMOutput
 from mamba_ssm.utils import generation
@@ -645,3 +645,16 @@ def test_cpp_draws_the_same_tokens(tmp_path, layers, dtype, options):
 def saved(model, folder):
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the kernels of a GPU")
+@pytest.mark.parametrize("layer, most", [("Mamba1", 7), ("Mamba2", 6)])
+def test_launches_of_a_step(layer, most):
+    """Of a layer, products with weights included."""
+
+    def launches(n_layer):
+        config = MambaConfig(256, n_layer=n_layer, vocab_size=VOCAB, ssm_cfg=dict(layer=layer))
+        model = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16).eval()
+        return bench.launches_of_step(model)
+
+    assert launches(4) - launches(2) <= 2 * most
