@@ -48,8 +48,8 @@ struct Team {
     lanes = threads >= kWarpSize ? kAllLanes : ((1u << threads) - 1) << (lane - thread);
     const int64_t index =
         int64_t{blockIdx.x} * (teams.block / threads) + static_cast<int>(threadIdx.x) / threads;
-    group = index % teams.groups;
-    strip = index / teams.groups;
+    group = teams.groups == 1 ? 0 : index % teams.groups;
+    strip = teams.groups == 1 ? index : index / teams.groups;
     works = strip < strips;
   }
 };
@@ -226,6 +226,18 @@ struct SharedParameter {
 
   __device__ __forceinline__ static void keep(const Slots& slots, int slot, const View<1>& v,
                                               int64_t channel) {
+    if (v.stride[0] == 1 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0) {
+      switch (v.dtype) {
+        case DType::kFloat32:
+          return keep_dense(slots, slot, static_cast<const float*>(v.data) + channel);
+        case DType::kFloat16:
+          return keep_dense(slots, slot, static_cast<const Half*>(v.data) + channel);
+        case DType::kBFloat16:
+          return keep_dense(slots, slot, static_cast<const BFloat16*>(v.data) + channel);
+        default:
+          break;
+      }
+    }
     ParameterBits<float, kVec> bits;
     bits.load(v.data, v.dtype, channel * v.stride[0], v.stride[0]);
 #pragma unroll
@@ -242,6 +254,21 @@ struct SharedParameter {
   __device__ __forceinline__ static void add(const Slots& slots, int slot, const float (&v)[4]) {
     float4& sums = reinterpret_cast<float4&>(slots[slot]);
     sums = make_float4(sums.x + v[0], sums.y + v[1], sums.z + v[2], sums.w + v[3]);
+  }
+  template <class W>
+  __device__ __forceinline__ static void keep_dense(const Slots& slots, int slot, const W* from) {
+    constexpr int kPack = 16 / sizeof(W) < kVec ? 16 / sizeof(W) : kVec;
+    Pack<W, kPack> packs[kVec / kPack];
+#pragma unroll
+    for (int i = 0; i < kVec / kPack; ++i) packs[i].load(from + i * kPack);
+#pragma unroll
+    for (int e = 0; e < kVec; e += 4) {
+      const Pack<W, kPack>& pack = packs[e / kPack];
+      const int first = e % kPack;
+      slots[slot + e / 4] =
+          make_uint4(__float_as_uint(pack[first]), __float_as_uint(pack[first + 1]),
+                     __float_as_uint(pack[first + 2]), __float_as_uint(pack[first + 3]));
+    }
   }
   /// Four elements, as a slot holds them.
   __device__ __forceinline__ static const Pack<float, 4> read(const Slots& slots, int slot) {
