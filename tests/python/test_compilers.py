@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import test_registry
 import torch
 from harness import cases
 from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel
@@ -433,6 +434,11 @@ def expected_cells():
         for row, *contents in rows
         for column, content in zip(header[1:], contents, strict=True)
     ]
+
+
+def test_every_op_has_a_row():
+    parts = ("_fwd", "_bwd", "_out")  # of others, whose rows run them
+    assert set(OPS) == {op for op in test_registry.OPS if not op.endswith(parts)}
 
 
 @pytest.mark.parametrize("row, column, expected", expected_cells())
