@@ -402,7 +402,8 @@ COLUMNS = {
 SENTENCES = {
     "vmap": "Batching rule not implemented for mamba_ssm::",
     "func.grad": r"cannot use C\+\+ torch::autograd::Function with functorch transforms",
-    "ONNX": r"No ONNX function found for .*mamba_ssm\.|unrecognized namespace mamba_ssm::",
+    "ONNX": r"(No ONNX function found for|Error when translating node) .*mamba_ssm\.|"
+    "unrecognized namespace mamba_ssm::",
 }
 
 
