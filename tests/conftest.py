@@ -3,10 +3,16 @@
 import os
 import pathlib
 import sys
+import tempfile
 
 # Read when torch loads OpenMP: threads that wait sleep, so that small operations stay fast on a
 # machine that has other things to do.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What Inductor keeps of a program does not depend on the build of our libraries that it was made
+# with: it is never that of another run.
+_compiled = tempfile.TemporaryDirectory(prefix="mamba_ssm-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

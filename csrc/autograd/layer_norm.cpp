@@ -113,6 +113,16 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
   }
 };
 
+/// out, out1 and residual_out from those of them that are there.
+std::tuple<Tensor, OptionalTensor, OptionalTensor> with_absent(const variable_list& results,
+                                                               bool has_out1) {
+  const size_t last = has_out1 ? 2 : 1;
+  OptionalTensor out1, residual_out;
+  if (has_out1) out1 = results[1];
+  if (results.size() > last) residual_out = results[last];
+  return {results[0], out1, residual_out};
+}
+
 std::tuple<Tensor, OptionalTensor, OptionalTensor> layer_norm_autograd(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& x1, const OptionalTensor& weight1,
@@ -125,14 +135,10 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> layer_norm_autograd(
     return layer_norm(x, weight, bias, residual, x1, weight1, bias1, rowscale, dropout_mask,
                       dropout_mask1, eps, dropout_p, prenorm, residual_in_fp32, is_rms_norm);
   }
-  const variable_list results =
+  return with_absent(
       LayerNorm::apply(x, weight, bias, residual, x1, weight1, bias1, rowscale, dropout_mask,
-                       dropout_mask1, eps, dropout_p, prenorm, residual_in_fp32, is_rms_norm);
-  const size_t last = weight1 ? 2 : 1;
-  OptionalTensor out1, residual_out;
-  if (weight1) out1 = results[1];
-  if (results.size() > last) residual_out = results[last];
-  return {results[0], out1, residual_out};
+                       dropout_mask1, eps, dropout_p, prenorm, residual_in_fp32, is_rms_norm),
+      weight1.has_value());
 }
 
 std::tuple<Tensor, OptionalTensor, OptionalTensor> layer_norm_meta(
@@ -174,6 +180,49 @@ layer_norm_bwd_meta(const Tensor& dout, const OptionalTensor& dout1,
 }
 
 }  // namespace
+
+/// The results of layer_norm that are there.
+variable_list layer_norm_traced(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& residual, const OptionalTensor& x1,
+                                const OptionalTensor& weight1, const OptionalTensor& bias1,
+                                const OptionalTensor& rowscale, const OptionalTensor& dropout_mask,
+                                const OptionalTensor& dropout_mask1, double eps, double dropout_p,
+                                bool prenorm, bool residual_in_fp32, bool is_rms_norm) {
+  const auto [out, out1, residual_out] =
+      layer_norm(x, weight, bias, residual, x1, weight1, bias1, rowscale, dropout_mask,
+                 dropout_mask1, eps, dropout_p, prenorm, residual_in_fp32, is_rms_norm);
+  variable_list results{out};
+  if (out1) results.push_back(*out1);
+  if (residual_out) results.push_back(*residual_out);
+  return results;
+}
+
+/// layer_norm under torch.jit.trace, which records layer_norm_traced.
+std::tuple<Tensor, OptionalTensor, OptionalTensor> layer_norm_tracer(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& x1, const OptionalTensor& weight1,
+    const OptionalTensor& bias1, const OptionalTensor& rowscale, const OptionalTensor& dropout_mask,
+    const OptionalTensor& dropout_mask1, double eps, double dropout_p, bool prenorm,
+    bool residual_in_fp32, bool is_rms_norm) {
+  static const auto op = find_op<decltype(layer_norm_traced)>("mamba_ssm::layer_norm_traced");
+  return with_absent(op.call(x, weight, bias, residual, x1, weight1, bias1, rowscale, dropout_mask,
+                             dropout_mask1, eps, dropout_p, prenorm, residual_in_fp32, is_rms_norm),
+                     weight1.has_value());
+}
+
+TORCH_LIBRARY_FRAGMENT(mamba_ssm, m) {
+  // torch.jit.trace knows no operation with optional results: a list of those that are there.
+  const c10::FunctionSchema schema =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mamba_ssm::layer_norm", "").schema();
+  m.def(schema.cloneWithName("mamba_ssm::layer_norm_traced", "")
+            .cloneWithReturns({c10::Argument("", c10::ListType::ofTensors())}));
+}
+
+TORCH_LIBRARY_IMPL(mamba_ssm, CompositeImplicitAutograd, m) {
+  m.impl("layer_norm_traced", layer_norm_traced);
+}
+
+TORCH_LIBRARY_IMPL(mamba_ssm, Tracer, m) { m.impl("layer_norm", layer_norm_tracer); }
 
 TORCH_LIBRARY_IMPL(mamba_ssm, Autograd, m) {
   m.impl("layer_norm", layer_norm_autograd);

@@ -297,12 +297,13 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
 
     // scan; dB and dC go to their rows of dx_dbl where nothing lies between
     const Tensor dxz = at::empty_like(a.xz);
-    const Tensor dx_dbl =
-        at::empty_symint({a.x_proj_weight.sym_size(0), a.batch() * a.seqlen()}, a.xz.options());
+    // Like x_dbl, and no view: Inductor then knows its blocks of rows as slices. Blocks of
+    // something else, at an offset that depends on batch and seqlen, it would put at offset 0.
+    const Tensor dx_dbl = at::empty_like(x_dbl);
     const int64_t rows = a.rows(), total = a.x_proj_weight.size(0);
     const bool complex_A = a.A.is_complex();
     const auto place = [&](const Tensor& given, int64_t first) {
-      return given.defined() ? Tensor() : a.by_batch(dx_dbl.narrow(0, first, rows));
+      return given.defined() ? Tensor() : dx_dbl.narrow(1, first, rows);
     };
     const Tensor dB_rows = place(a.B, a.dt_rank()), dC_rows = place(a.C, total - rows);
     const auto written = [&](const Tensor& matrix, const Tensor& drows,
@@ -325,7 +326,7 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
       std::tie(ddelta, ddt_rms_weight) =
           projections.dt_norm->backward(ddelta, a.dt_rms_weight.scalar_type());
     }
-    Tensor ddt_rows = dx_dbl.narrow(0, 0, a.dt_rank());
+    Tensor ddt_rows = columns_of(dx_dbl.narrow(1, 0, a.dt_rank()));
     at::mm_out(ddt_rows, a.delta_proj_weight.t(), columns_of(ddelta));
     const auto project_back = [&](const Tensor& dmatrix, const Tensor& place,
                                   const std::optional<RmsNorm>& norm, const Tensor& rms_weight,
@@ -347,10 +348,11 @@ struct MambaInner : torch::autograd::Function<MambaInner> {
     }
     const Tensor ddelta_proj_weight =
         at::mm(columns_of(ddelta), columns_of(x_dbl.narrow(1, 0, a.dt_rank())).t());
-    const Tensor dx_proj_weight = at::mm(dx_dbl, columns_of(conv).t());
+    const Tensor dx_proj_weight = at::mm(columns_of(dx_dbl), columns_of(conv).t());
 
     // convolution
-    columns_of(dconv).addmm_(a.x_proj_weight.t(), dx_dbl);
+    Tensor dx_columns = columns_of(dconv);
+    at::addmm_out(dx_columns, dx_columns, a.x_proj_weight.t(), columns_of(dx_dbl));
     const Tensor conv1d_weight = a.conv1d_weight.squeeze(1);
     const Tensor dconv1d_weight = at::empty_like(conv1d_weight), dconv1d_bias = like(a.conv1d_bias);
     causal_conv1d_bwd_out(dconv, std::nullopt, a.x(), conv1d_weight, from_saved(a.conv1d_bias),

@@ -444,6 +444,18 @@ def launches_of_step(model):
     return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
 
 
+def compiled(report):
+    """Forward and backward of a Mamba-2 block, in eager mode and by torch.compile."""
+    for d_model, batch, seqlen in ((768, 8, 2048), (2560, 4, 2048)):
+        module = Mamba2(d_model, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(batch, seqlen, d_model, device="cuda", dtype=torch.bfloat16)
+        leaves = [x.requires_grad_(), *module.parameters()]
+        dout = torch.randn_like(x)
+        for name, call in {"eager": module, "compiled": torch.compile(module)}.items():
+            ms = gpu_ms(lambda: torch.autograd.grad(call(x), leaves, dout))
+            report.gpu_row(f"compile/Mamba2/d{d_model}B{batch}L{seqlen}/{name}", ms)
+
+
 def cpu_ms(call, budget_s=2.0):
     """Shortest time of call(): other work on the machine only ever adds."""
     call()
@@ -556,5 +568,6 @@ GROUPS = {
     "norm": norm,
     "block": block,
     "lm": language_model,
+    "compile": compiled,
     "cpu": cpu,
 }

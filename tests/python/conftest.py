@@ -10,6 +10,7 @@ import mamba_ssm  # noqa: F401  registers the operations
 
 _fuzzed = collections.Counter()
 _left_out = collections.Counter()
+_cells = collections.defaultdict(dict)  # {(row, device): {column: content}}
 
 
 def pytest_addoption(parser):
@@ -51,6 +52,16 @@ def count_fuzzed():
     return _fuzzed.update
 
 
+@pytest.fixture
+def record_cell():
+    """record_cell(row, column, device, content): a cell of the table of compilers."""
+
+    def record(row, column, device, content):
+        _cells[row, device][column] = content
+
+    return record
+
+
 def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     if _fuzzed:
@@ -68,6 +79,10 @@ def pytest_terminal_summary(terminalreporter, config):
         for (op, dtype), values in sorted(groups.items()):
             median = statistics.median(values)
             write(f"{op} {dtype}: {median:.2f}, {max(values):.2f} of {len(values)}")
+    if _cells:
+        terminalreporter.section("compilers")
+        for (row, device), cells in _cells.items():
+            write(f"{row}, {device}: " + ", ".join(f"{c} {found}" for c, found in cells.items()))
     if _left_out:
         terminalreporter.section("left out without --full")
         write(", ".join(f"{name} {n}" for name, n in sorted(_left_out.items())))

@@ -48,6 +48,7 @@ INDUCTOR = (
     "selective_scan",
     "selective_state_update",
     "ssd_chunk_scan",
+    "mamba_inner",
     "mamba2_inner",
     "rms_norm_gated",
     "layer_norm",

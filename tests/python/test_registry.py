@@ -14,7 +14,12 @@ import torch
 ROOT = pathlib.Path(__file__).parents[2]
 OPS_LIBRARY = pathlib.Path(mamba_ssm.__file__).parent / "lib" / "libmamba_ssm_ops.so"
 SCHEMAS = sorted(
-    (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("mamba_ssm::")),
+    (
+        schema
+        for schema in torch._C._jit_get_all_schemas()
+        # What torch.jit.trace records is the op of the same stem.
+        if schema.name.startswith("mamba_ssm::") and not schema.name.endswith("_traced")
+    ),
     key=lambda schema: schema.name,
 )
 OPS = [schema.name.removeprefix("mamba_ssm::") for schema in SCHEMAS]

@@ -23,6 +23,10 @@ from mamba_ssm.utils.generation import GenerationMixin
 from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
+# So that exported programs that return one can be saved.
+torch.utils._pytree._register_namedtuple(
+    CausalLMOutput, serialized_type_name="mamba_ssm.models.mixer_seq_simple.CausalLMOutput"
+)
 
 MIXERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"

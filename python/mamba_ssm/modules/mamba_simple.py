@@ -131,7 +131,7 @@ class Mamba(nn.Module):
 
         self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=bias, **factory_kwargs)
 
-    def forward(self, hidden_states, inference_params=None, *, seq_idx=None):
+    def forward(self, hidden_states, inference_params=None, seq_idx=None):
         """hidden_states (batch, seqlen, d_model) to the same shape.
 
         seq_idx (batch, seqlen) packs several sequences into a row, as in selective_scan: none sees
