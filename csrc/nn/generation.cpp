@@ -7,19 +7,31 @@
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 #include <mamba_ssm/generation.h>
 #include <mamba_ssm/nn/model.h>
+#include <mamba_ssm/version.h>
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "parts.h"
+
+// Graphs of any accelerator, without a header of CUDA; torch 2.11, for one, has none.
+#if __has_include(<ATen/accelerator/Graph.h>)
+#define MAMBA_SSM_HAVE_GRAPHS
+#include <ATen/accelerator/Graph.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#endif
 
 namespace mamba_ssm {
 namespace {
@@ -61,6 +73,58 @@ void check_options(const GenerateOptions& options) {
               "generate: prefill_chunk_size must be positive, got ",
               options.prefill_chunk_size().value_or(1));
 }
+
+/// A step of the model as one graph of the GPU, which is launched at once instead of kernel by
+/// kernel.
+class StepGraph {
+ public:
+  using Step = std::function<Tensor(const Tensor&)>;
+
+  /// Captures step(tokens) for tokens of the shape of `example`; it runs a few times before, so
+  /// that the contents of the states it updates are lost. It must keep to the memory of those.
+  StepGraph(const Step& step, const Tensor& example) : tokens_(at::zeros_like(example)) {
+#ifdef MAMBA_SSM_HAVE_GRAPHS
+    constexpr int kWarmups = 2;  // what libraries set up at a first call cannot be captured
+    const c10::impl::VirtualGuardImpl backend(tokens_.device().type());
+    const c10::Stream current = backend.getStream(tokens_.device());
+    const c10::Stream side = backend.getStreamFromGlobalPool(tokens_.device());
+    wait(side, current);
+    {
+      const c10::StreamGuard guard(side);
+      for (int i = 0; i < kWarmups; ++i) step(tokens_);
+      // Other threads go on using the GPU meanwhile.
+      graph_.capture_begin(/*pool=*/{0, 0}, at::GraphCaptureMode::ThreadLocal);
+      logits_ = step(tokens_);
+      graph_.capture_end();
+    }
+    wait(current, side);
+#else
+    TORCH_CHECK(false, "generate: cg needs torch 2.13 or newer, built with torch ",
+                MAMBA_SSM_TORCH_VERSION);
+#endif
+  }
+
+  /// The logits that `step` would return; the next call overwrites them.
+  Tensor run(const Tensor& tokens) {
+    tokens_.copy_(tokens);
+#ifdef MAMBA_SSM_HAVE_GRAPHS
+    graph_.replay();
+#endif
+    return logits_;
+  }
+
+ private:
+  Tensor tokens_, logits_;
+#ifdef MAMBA_SSM_HAVE_GRAPHS
+  static void wait(const c10::Stream& waiting, const c10::Stream& other) {
+    c10::Event event(other.device_type());
+    event.record(other);
+    waiting.wait(event);
+  }
+
+  at::accelerator::Graph graph_;
+#endif
+};
 
 }  // namespace
 
@@ -120,6 +184,7 @@ Tensor MambaLMHeadModelImpl::generate(const Tensor& input_ids, const GenerateOpt
   const auto [longest, shortest] = check_prompts(input_ids, options.lengths());
   check_options(options);
   const c10::InferenceMode inference;
+  const c10::DeviceGuard device(input_ids.device());
   const int64_t batch = input_ids.size(0), max_length = options.max_length();
   const auto eos = options.eos_token_id();
   const int64_t pad = options.pad_token_id().value_or(eos.value_or(0));
@@ -134,6 +199,18 @@ Tensor MambaLMHeadModelImpl::generate(const Tensor& input_ids, const GenerateOpt
 
   auto states =
       allocate_inference_cache(batch, max_length, /*dtype=*/std::nullopt, options.state_dtype());
+  std::optional<StepGraph> graph;
+  if (options.cg() && input_ids.is_cuda() && max_length > shortest) {
+    const auto eager_step = [&](const Tensor& tokens) { return forward(tokens, &states); };
+    graph.emplace(eager_step, prompt.narrow(1, 0, 1));
+    for (const MambaState& state : states) {  // nothing seen yet
+      state.conv_state.zero_();
+      state.ssm_state.zero_();
+    }
+  }
+  const auto step = [&](const Tensor& tokens) {
+    return graph ? graph->run(tokens) : forward(tokens, &states);
+  };
   const auto prefill = [&](const Tensor& tokens, const std::optional<Tensor>& seq_idx) {
     const int64_t seqlen = tokens.size(1);
     const int64_t chunk_size = options.prefill_chunk_size().value_or(seqlen);
@@ -150,7 +227,7 @@ Tensor MambaLMHeadModelImpl::generate(const Tensor& input_ids, const GenerateOpt
     // The last token of each prompt is a step, since its logits are in different columns.
     const Tensor seq_idx = is_prompt.slice(1, 1).to(at::kInt) - 1;  // -1 at padding
     prefill(prompt.slice(1, 0, longest - 1), seq_idx);
-    return forward(prompt.gather(1, ends - 1), &states);
+    return step(prompt.gather(1, ends - 1));
   };
 
   Tensor seen = prompt;                  // with padding that repeats a token of the row
@@ -160,7 +237,7 @@ Tensor MambaLMHeadModelImpl::generate(const Tensor& input_ids, const GenerateOpt
   Tensor tokens;  // (batch, 1), the last ones
   for (int64_t i = 0; i < max_length - shortest; ++i) {
     if (options.should_stop() && options.should_stop()()) break;
-    Tensor logits = i == 0 ? first_logits() : forward(tokens, &states);
+    Tensor logits = i == 0 ? first_logits() : step(tokens);
     logits = logits.select(1, 0).slice(-1, 0, options.vocab_size());  // (batch, vocab)
     if (options.repetition_penalty() != 1) {
       logits =

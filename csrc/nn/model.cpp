@@ -21,6 +21,8 @@ using Json = nlohmann::ordered_json;
 
 constexpr char kConfigFile[] = "config.json";
 constexpr char kWeightsFile[] = "model.safetensors";
+constexpr char kIndexFile[] = "model.safetensors.index.json";
+constexpr char kPickleFile[] = "pytorch_model.bin";
 constexpr char kEmbeddingKey[] = "backbone.embedding.weight";
 constexpr char kHeadKey[] = "lm_head.weight";
 
@@ -42,6 +44,13 @@ class Members {
     if (member == rest_.end()) return std::nullopt;
     Json value = std::move(*member);
     rest_.erase(member);
+    return value;
+  }
+
+  /// Null counts as absent.
+  std::optional<Json> take_unless_null(const char* key) {
+    auto value = take(key);
+    if (value && value->is_null()) value.reset();
     return value;
   }
 
@@ -243,6 +252,20 @@ std::string read_text(const std::filesystem::path& path) {
   return text;
 }
 
+/// The weights in a folder: one file, or what its index lists.
+std::map<std::string, Tensor> load_weights(const std::filesystem::path& folder) {
+  if (std::filesystem::exists(folder / kWeightsFile))
+    return load_safetensors(folder / kWeightsFile);
+  if (std::filesystem::exists(folder / kIndexFile))
+    return load_safetensors_shards(folder / kIndexFile);
+  const bool has_pickle = std::filesystem::exists(folder / kPickleFile);
+  require(false, folder.string(), ": no ", kWeightsFile, ", and no index of shards of it",
+          has_pickle ? "; Python's from_pretrained(use_safetensors=False) and save_pretrained make "
+                       "one of pytorch_model.bin, which is a pickle"
+                     : "");
+  return {};
+}
+
 /// Parameters of a mixer, at least; doubles, so that nothing overflows.
 double count_parameters(const MambaOptions& options, double d_model) {
   const double d_inner = std::floor(options.expand() * d_model);
@@ -279,8 +302,16 @@ Module placed(Module module, const MambaLMConfig& config) {
   return module;
 }
 
-Norm make_norm(const MambaLMConfig& config) {
-  return placed(Norm(config.d_model(), config.rms_norm(), config.norm_epsilon()), config);
+BlockOptions block_options(const MambaLMConfig& config) {
+  MixerOptions mixer = config.ssm_cfg();
+  const auto complete = [&](auto& options) {
+    options.d_model(config.d_model()).dtype(config.dtype()).device(config.device());
+  };
+  std::visit(complete, mixer);
+  return BlockOptions(std::move(mixer))
+      .rms_norm(config.rms_norm())
+      .norm_epsilon(config.norm_epsilon())
+      .residual_in_fp32(config.residual_in_fp32());
 }
 
 }  // namespace
@@ -300,7 +331,7 @@ MambaLMConfig MambaLMConfig::from_file(const std::filesystem::path& path) {
   members.read("residual_in_fp32", config.residual_in_fp32());
   members.read("fused_add_norm", config.fused_add_norm());
   members.read("tie_embeddings", config.tie_embeddings());
-  if (const auto ssm_cfg = members.take("ssm_cfg")) {
+  if (const auto ssm_cfg = members.take_unless_null("ssm_cfg")) {
     config.ssm_cfg() = read_ssm_cfg(*ssm_cfg, path.string() + ": ssm_cfg");
   }
   if (const auto d_intermediate = members.take("d_intermediate")) {
@@ -308,7 +339,7 @@ MambaLMConfig MambaLMConfig::from_file(const std::filesystem::path& path) {
             ": d_intermediate must be 0 (MLP layers are not supported), got ",
             Members::describe(*d_intermediate));
   }
-  if (const auto attn_layers = members.take("attn_layer_idx")) {
+  if (const auto attn_layers = members.take_unless_null("attn_layer_idx")) {
     require(attn_layers->is_array() && attn_layers->empty(), path.string(),
             ": attn_layer_idx must be [] (attention layers are not supported)");
   }
@@ -339,47 +370,6 @@ int64_t MambaLMConfig::padded_vocab_size() const {
   return (vocab_size() + multiple - 1) / multiple * multiple;
 }
 
-NormImpl::NormImpl(int64_t size_, bool rms_norm_, double epsilon_)
-    : size(size_), rms_norm(rms_norm_), epsilon(epsilon_) {
-  reset();
-}
-
-void NormImpl::reset() {
-  weight = register_parameter("weight", at::ones({size}));
-  if (!rms_norm) bias = register_parameter("bias", at::zeros({size}));
-}
-
-Tensor NormImpl::forward(const Tensor& hidden, Tensor& residual, bool residual_in_fp32) {
-  const auto optional = [](const Tensor& t) {
-    return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
-  };
-  const auto [out, out1, sum] = layer_norm(
-      hidden, weight, optional(bias), optional(residual), /*x1=*/{}, /*weight1=*/{}, /*bias1=*/{},
-      /*rowscale=*/{}, /*dropout_mask=*/{}, /*dropout_mask1=*/{}, epsilon, /*dropout_p=*/0.0,
-      /*prenorm=*/true, residual_in_fp32, rms_norm);
-  residual = sum.value_or(hidden);
-  return out;
-}
-
-BlockImpl::BlockImpl(MambaLMConfig config_) : config(std::move(config_)) { reset(); }
-
-void BlockImpl::reset() {
-  norm = register_module("norm", make_norm(config));
-  const auto make_mixer = [&](auto options) {
-    options.d_model(config.d_model()).dtype(config.dtype()).device(config.device());
-    using Mixer =
-        std::conditional_t<std::is_same_v<decltype(options), MambaOptions>, Mamba, Mamba2>;
-    mixer = register_module("mixer", Mixer(options));
-  };
-  std::visit(make_mixer, config.ssm_cfg());
-}
-
-Tensor BlockImpl::forward(const Tensor& hidden_states, Tensor& residual, MambaState* state,
-                          const std::optional<Tensor>& seq_idx) {
-  const Tensor normed = norm->forward(hidden_states, residual, config.residual_in_fp32());
-  return std::visit([&](auto& module) { return module->forward(normed, state, seq_idx); }, mixer);
-}
-
 MixerModelImpl::MixerModelImpl(MambaLMConfig config_) : config(std::move(config_)) {
   TORCH_CHECK(config.d_model() > 0 && config.n_layer() > 0 && config.vocab_size() > 0 &&
                   config.pad_vocab_size_multiple() > 0,
@@ -398,7 +388,7 @@ void MixerModelImpl::reset() {
 
   layers = register_module("layers", torch::nn::ModuleList());
   for (int64_t i = 0; i < config.n_layer(); ++i) {
-    Block block(config);
+    Block block(block_options(config));
     // The variance of the residual stream shall not grow with the depth.
     const auto initialize = [&](auto& mixer) {
       torch::nn::init::kaiming_uniform_(mixer->out_proj->weight, std::sqrt(5.0));
@@ -411,7 +401,8 @@ void MixerModelImpl::reset() {
     std::visit(initialize, block->mixer);
     layers->push_back(block);
   }
-  norm_f = register_module("norm_f", make_norm(config));
+  norm_f = register_module(
+      "norm_f", placed(Norm(config.d_model(), config.rms_norm(), config.norm_epsilon()), config));
 }
 
 Tensor MixerModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states,
@@ -462,10 +453,7 @@ std::vector<MambaState> MambaLMHeadModelImpl::allocate_inference_cache(
   std::vector<MambaState> states;
   for (size_t i = 0; i < backbone->layers->size(); ++i) {
     const auto& block = backbone->layers->at<BlockImpl>(i);
-    const auto allocate = [&](const auto& mixer) {
-      return mixer->allocate_inference_cache(batch_size, max_seqlen, dtype, state_dtype);
-    };
-    states.push_back(std::visit(allocate, block.mixer));
+    states.push_back(block.allocate_inference_cache(batch_size, max_seqlen, dtype, state_dtype));
   }
   return states;
 }
@@ -473,9 +461,8 @@ std::vector<MambaState> MambaLMHeadModelImpl::allocate_inference_cache(
 std::shared_ptr<MambaLMHeadModelImpl> MambaLMHeadModelImpl::from_pretrained(
     const std::filesystem::path& folder, std::optional<at::ScalarType> dtype,
     std::optional<at::Device> device) {
-  const std::filesystem::path weights = folder / kWeightsFile;
   const auto config = MambaLMConfig::from_file(folder / kConfigFile).dtype(dtype).device(device);
-  auto tensors = load_safetensors(weights);
+  auto tensors = load_weights(folder);
 
   // A config that describes far more than the file holds is refused before memory is asked for;
   // smaller differences are named below, key by key.
@@ -483,8 +470,7 @@ std::shared_ptr<MambaLMHeadModelImpl> MambaLMHeadModelImpl::from_pretrained(
   for (const auto& [name, tensor] : tensors) held += static_cast<double>(tensor.numel());
   const double described = count_parameters(config);
   require(described <= 2 * held, folder.string(), ": ", kConfigFile,
-          " describes a model of at least ", described, " parameters, ", kWeightsFile, " holds ",
-          held);
+          " describes a model of at least ", described, " parameters, the weights hold ", held);
 
   if (config.tie_embeddings()) {
     // A writer may have kept either of the two names of the tied matrix, or both.
@@ -493,7 +479,7 @@ std::shared_ptr<MambaLMHeadModelImpl> MambaLMHeadModelImpl::from_pretrained(
       const Tensor& embedding = tensors.try_emplace(kEmbeddingKey, head_weight).first->second;
       const bool agree =
           embedding.scalar_type() == head_weight.scalar_type() && at::equal(embedding, head_weight);
-      require(agree, weights.string(), ": ", kHeadKey, " and ", kEmbeddingKey,
+      require(agree, folder.string(), ": ", kHeadKey, " and ", kEmbeddingKey,
               " differ, but config.json ties them");
     }
   }

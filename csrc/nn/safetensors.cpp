@@ -11,10 +11,12 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <system_error>
@@ -511,6 +513,57 @@ void write_file(const std::filesystem::path& path, const std::map<std::string, T
   file.commit();
 }
 
+constexpr uint64_t kMaxIndexSize = 100'000'000;  // bytes
+constexpr char kWeightMap[] = "weight_map";
+
+/// weight_map of an index, turned round: the names of the tensors of each shard.
+std::map<std::string, std::set<std::string>> read_index(const std::filesystem::path& path) {
+  std::error_code error;
+  const uint64_t size = std::filesystem::file_size(path, error);
+  if (error || !std::filesystem::is_regular_file(path))
+    throw Fault("IoError", "not a regular file");
+  if (size > kMaxIndexSize) {
+    throw Fault("InvalidIndex", "more than ", kMaxIndexSize, " bytes");
+  }
+  // Members of weight_map are kept, all others, which may be of any form, are read over.
+  std::vector<std::set<std::string>> keys;  // those met in each of the objects around
+  const auto keep = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
+    using Event = nlohmann::json::parse_event_t;
+    const auto around = static_cast<size_t>(depth);  // objects and lists
+    if (event == Event::object_start) {
+      keys.resize(around);
+      keys.emplace_back();
+    }
+    if (event != Event::key) return true;
+    const auto& key = value.get_ref<const std::string&>();
+    if (!keys[around - 1].insert(key).second) {
+      throw Fault("InvalidIndex", "the key ", quoted(key), " is there twice");
+    }
+    return depth != 1 || key == kWeightMap;
+  };
+  std::ifstream file(path, std::ios::binary);
+  nlohmann::json index;
+  try {
+    index = nlohmann::json::parse(file, keep);
+  } catch (const nlohmann::json::exception&) {
+    throw Fault("InvalidIndex", "not valid JSON");
+  }
+  if (!index.is_object() || !index.contains(kWeightMap) || !index[kWeightMap].is_object()) {
+    throw Fault("InvalidIndex", "has no object weight_map");
+  }
+  std::map<std::string, std::set<std::string>> shards;
+  for (const auto& [name, place] : index[kWeightMap].items()) {
+    const std::string* shard = place.get_ptr<const std::string*>();
+    const bool is_plain = shard != nullptr && !shard->empty() && *shard != "." && *shard != ".." &&
+                          shard->find_first_of(std::string("/\0", 2)) == std::string::npos;
+    if (!is_plain) {
+      throw Fault("InvalidIndex", "tensor ", quoted(name), " is not in a file of this folder");
+    }
+    shards[*shard].insert(name);
+  }
+  return shards;
+}
+
 [[noreturn]] void rethrow(const char* function, const std::filesystem::path& path,
                           const Fault& fault) {
   throw std::runtime_error(std::string(function) + ": " + path.string() + ": " + fault.what());
@@ -547,6 +600,33 @@ std::map<std::string, Tensor> load_safetensors(const std::filesystem::path& path
     return tensors;
   } catch (const Fault& fault) {
     rethrow("load_safetensors", path, fault);
+  }
+}
+
+std::map<std::string, Tensor> load_safetensors_shards(const std::filesystem::path& index) {
+  try {
+    std::map<std::string, Tensor> tensors;
+    for (const auto& [shard, names] : read_index(index)) {
+      const std::filesystem::path path = index.parent_path() / shard;
+      if (!std::filesystem::exists(path))
+        throw Fault("MissingShard", quoted(shard), " does not exist");
+      auto held = load_safetensors(path);
+      for (const auto& [name, tensor] : held) {
+        if (names.count(name) == 0) {
+          throw Fault("ShardMismatch", quoted(shard), " holds ", quoted(name),
+                      ", which is not listed");
+        }
+      }
+      for (const auto& name : names) {
+        if (held.count(name) == 0) {
+          throw Fault("ShardMismatch", quoted(shard), " does not hold ", quoted(name));
+        }
+      }
+      tensors.merge(held);
+    }
+    return tensors;
+  } catch (const Fault& fault) {
+    rethrow("load_safetensors_shards", index, fault);
   }
 }
 

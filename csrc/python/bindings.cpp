@@ -145,7 +145,7 @@ PYBIND11_MODULE(_C, m) {
          double min_p, double temperature, double repetition_penalty, OptionalInt eos_token_id,
          std::optional<Tensor> lengths, OptionalInt pad_token_id, OptionalInt vocab_size,
          const std::optional<at::Generator>& generator, OptionalInt prefill_chunk_size,
-         Dtype state_dtype, GenerateOptions::OnTokens on_tokens,
+         Dtype state_dtype, bool cg, GenerateOptions::OnTokens on_tokens,
          GenerateOptions::ShouldStop should_stop) {
         GenerateOptions options(max_length);
         options.top_k(top_k).top_p(top_p).min_p(min_p).temperature(temperature);
@@ -154,7 +154,7 @@ PYBIND11_MODULE(_C, m) {
             .vocab_size(vocab_size)
             .generator(generator)
             .lengths(std::move(lengths));
-        options.prefill_chunk_size(prefill_chunk_size).state_dtype(state_dtype);
+        options.prefill_chunk_size(prefill_chunk_size).state_dtype(state_dtype).cg(cg);
         options.on_tokens(std::move(on_tokens)).should_stop(std::move(should_stop));
         return model.generate(input_ids, options);
       };
@@ -169,7 +169,7 @@ PYBIND11_MODULE(_C, m) {
            "min_p"_a = 0.0, "temperature"_a = 1.0, "repetition_penalty"_a = 1.0,
            "eos_token_id"_a = py::none(), "lengths"_a = py::none(), "pad_token_id"_a = py::none(),
            "vocab_size"_a = py::none(), "generator"_a = py::none(),
-           "prefill_chunk_size"_a = py::none(), "state_dtype"_a = py::none(),
+           "prefill_chunk_size"_a = py::none(), "state_dtype"_a = py::none(), "cg"_a = false,
            "on_tokens"_a = py::none(), "should_stop"_a = py::none(), NoGil());
   model.attr("__call__") = model.attr("forward");
 }

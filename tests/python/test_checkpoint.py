@@ -20,7 +20,7 @@ import torch
 from mamba_ssm import MambaLMHeadModel
 from mamba_ssm.models import mixer_seq_simple
 from mamba_ssm.models.config_mamba import MambaConfig
-from mamba_ssm.utils._safetensors import save_safetensors
+from mamba_ssm.utils._safetensors import load_safetensors, save_safetensors
 from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 
 load = MambaLMHeadModel.from_pretrained
@@ -338,6 +338,73 @@ def test_bad_shards(tmp_path):
         write_json(path, content)
         with pytest.raises(ValueError, match="weight_map"):
             load(tmp_path)
+
+
+def test_a_key_twice(tmp_path):
+    path, index = write_shards(make(), tmp_path, ".safetensors")
+    first, shard = next(iter(index["weight_map"].items()))
+    path.write_text(json.dumps(index).replace(f'"{first}"', f'"{first}": "{shard}", "{first}"', 1))
+    with pytest.raises(ValueError, match="there twice"):
+        load(tmp_path)
+
+
+def shard_sizes(folder):
+    return {
+        path.name: sum(tensor.nbytes for tensor in load_safetensors(path).values())
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+@models
+@pytest.mark.parametrize("size", [1, 5000, "5KB", "0.005 mb", 10**9, "1GB"])
+def test_saving_shards(tmp_path, package, config, size):
+    model = make(**config)
+    expected = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+    sizes = shard_sizes(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    if size in (10**9, "1GB"):
+        assert list(sizes) == ["model.safetensors"] and not path.exists()
+        return
+    index = json.loads(path.read_text())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert list(index["weight_map"]) == list(expected)
+    assert list(sizes) == [
+        f"model-{i:05}-of-{len(sizes):05}.safetensors" for i in range(1, len(sizes) + 1)
+    ]
+    held = [list(index["weight_map"].values()).count(name) for name in sizes]
+    limit = 1 if size == 1 else 5000
+    assert all(size <= limit or count == 1 for size, count in zip(sizes.values(), held))
+    assert len(sizes) == len(expected) if limit == 1 else 1 < len(sizes) < len(expected)
+
+
+def test_shards_are_as_the_hub_splits_them(tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    model = make(n_layer=3)
+    state_dict = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, max_shard_size=10_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    theirs = hub.split_torch_state_dict_into_shards(state_dict, max_shard_size=10_000)
+    assert index["weight_map"] == theirs.tensor_to_filename
+    assert index["metadata"] == theirs.metadata
+
+
+def test_shards_replace_one_file_and_the_reverse(tmp_path):
+    saved(tmp_path)
+    for options in ({"max_shard_size": 5000}, {}, {"max_shard_size": 6000}):
+        model = make()
+        with torch.no_grad():
+            model.lm_head.weight += len(options)
+        model.save_pretrained(tmp_path, **options)
+        assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+
+
+@pytest.mark.parametrize("size", [0, -1, "5", "GB", "5 GiB", "infGB", [1]])
+def test_sizes_that_are_none(tmp_path, size):
+    with pytest.raises(ValueError, match='bytes or a text such as "5GB"'):
+        make().save_pretrained(tmp_path / "folder", max_shard_size=size)
+    assert not (tmp_path / "folder").exists()
 
 
 def test_state_dict_of_a_checkpoint(tmp_path):

@@ -642,6 +642,22 @@ def test_cpp_draws_the_same_tokens(tmp_path, layers, dtype, options):
     assert torch.equal(*stopped)
 
 
+@recurrent_layers
+def test_cpp_graphs(device, tmp_path, layers):
+    """Steps of a graph give the tokens of plain steps; on a CPU nothing is captured."""
+    _C = pytest.importorskip("mamba_ssm._C")
+    if device != "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("torch has graphs in C++ from 2.13 on")
+    folder, tokens = saved(make(layers=layers, dtype=torch.float32), tmp_path), prompts(device)
+    model = _C.MambaLMHeadModel.from_pretrained(folder, device=torch.device(device))
+    for options in ({}, {"lengths": torch.tensor([2, 6, 5]), "eos_token_id": 7}, {"top_k": 0}):
+        plain, graph = (
+            model.generate(tokens, 20, **options, cg=cg, generator=seeded(device))
+            for cg in (False, True)
+        )
+        assert torch.equal(plain, graph)
+
+
 def saved(model, folder):
     model.save_pretrained(folder)
     return folder

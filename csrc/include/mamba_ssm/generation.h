@@ -80,6 +80,9 @@ struct GenerateOptions {
   TORCH_ARG(std::optional<int64_t>, prefill_chunk_size) = std::nullopt;
   /// Of the scan's states; absent: that of the weights.
   TORCH_ARG(std::optional<at::ScalarType>, state_dtype) = std::nullopt;
+  /// On a GPU, runs a step of the model as one CUDA graph, which is captured at the start of the
+  /// generation. No effect on a CPU. Needs torch 2.13 or newer.
+  TORCH_ARG(bool, cg) = false;
   /// Gets the new tokens (batch, 1), on the CPU, as they arise.
   TORCH_ARG(OnTokens, on_tokens);
   /// Asked before each token; true ends the generation with the tokens that there are.

@@ -3,6 +3,7 @@
 
 #include <mamba_ssm/generation.h>
 #include <mamba_ssm/io/safetensors.h>
+#include <mamba_ssm/nn/block.h>
 #include <mamba_ssm/nn/mamba.h>
 #include <mamba_ssm/nn/mamba2.h>
 #include <mamba_ssm/nn/model.h>

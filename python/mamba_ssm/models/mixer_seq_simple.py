@@ -1,5 +1,6 @@
 """Language model: embedding, a stack of Mamba, Mamba-2 or attention blocks, norm, head."""
 
+import json
 import math
 import os
 import shutil
@@ -20,7 +21,14 @@ from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.ops.triton.layer_norm import RMSNorm
 from mamba_ssm.utils._safetensors import save_safetensors
 from mamba_ssm.utils.generation import GenerationMixin
-from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
+from mamba_ssm.utils.hf import (
+    CONFIG,
+    SAFETENSORS,
+    index_of,
+    load_config_hf,
+    load_state_dict_hf,
+    split_into_shards,
+)
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 # So that exported programs that return one can be saved.
@@ -312,13 +320,17 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         model.tie_weights()
         return model
 
-    def save_pretrained(self, save_directory):
+    def save_pretrained(self, save_directory, *, max_shard_size=None):
         """Writes config.json and model.safetensors into save_directory, made if it is not there.
 
-        A tied head is not written a second time. Both files are complete on the disk before the
+        max_shard_size: bytes, or a text such as "5GB" (units KB, MB, GB, TB of 1000). Weights that
+        take more go into several files of at most that many bytes of weights (a larger tensor has a
+        file of its own) and the index that names them, instead of model.safetensors.
+
+        A tied head is not written a second time. All files are complete on the disk before the
         first of them takes the place of a former one, so that whatever fails before that leaves a
-        former checkpoint as it was. Raises ValueError if the config ties weights that differ, and
-        what writing raises.
+        former checkpoint as it was. Raises ValueError if the config ties weights that differ or
+        max_shard_size is no size, and what writing raises.
         """
         text = self.config.to_json()
         state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -331,15 +343,24 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
                     f"MambaLMHeadModel.save_pretrained: the config ties {EMBEDDING} and {HEAD}, "
                     "but they differ; tie_weights() makes them one"
                 )
+        shards, index = split_into_shards(state_dict, max_shard_size)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-            weights, config = Path(name, "model.safetensors"), Path(name, "config.json")
-            save_safetensors(state_dict, weights)
+            config = Path(name, CONFIG)
             config.write_text(text, encoding="utf-8")
-            shutil.copymode(config, weights)  # safetensors makes files for their owner only
-            for path in (weights, config):
+            written = [Path(name, shard) for shard in shards]
+            for path in written:
+                save_safetensors(shards[path.name], path)
+                shutil.copymode(config, path)  # safetensors makes files for their owner only
+            if index is not None:
+                written.append(Path(name, index_of(SAFETENSORS)))
+                written[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            written.append(config)
+            for path in written:
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
-            for path in (weights, config):
+            for path in written:
                 os.replace(path, folder / path.name)
+            if index is not None:  # which a reader would take first
+                (folder / SAFETENSORS).unlink(missing_ok=True)

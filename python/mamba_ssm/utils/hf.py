@@ -6,6 +6,7 @@ no code of it.
 """
 
 import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 
 from mamba_ssm.utils._safetensors import load_safetensors
 
-_CONFIG = "config.json"
-_SAFETENSORS = "model.safetensors"
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _MAX_CONFIG_SIZE = 1 << 20  # bytes
 _MAX_INDEX_SIZE = 100_000_000
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def load_config_hf(model_name):
@@ -27,8 +29,8 @@ def load_config_hf(model_name):
     model_name: a folder, or a model of the hub, which huggingface_hub downloads (extra "hub").
     Raises FileNotFoundError, or ValueError for what is not JSON.
     """
-    folder = checkpoint_folder(model_name, [_CONFIG])
-    return _read_json(_existing(folder, _CONFIG), _MAX_CONFIG_SIZE)
+    folder = checkpoint_folder(model_name, [CONFIG])
+    return _read_json(_existing(folder, CONFIG), _MAX_CONFIG_SIZE)
 
 
 def load_state_dict_hf(model_name, device=None, dtype=None, *, use_safetensors=True):
@@ -45,18 +47,18 @@ def load_state_dict_hf(model_name, device=None, dtype=None, *, use_safetensors=T
     raise, for malformed ones.
     """
     if not use_safetensors:
-        folder = checkpoint_folder(model_name, [_PICKLE, _index(_PICKLE), "pytorch_model-*.bin"])
+        folder = checkpoint_folder(model_name, [_PICKLE, index_of(_PICKLE), "pytorch_model-*.bin"])
         state_dict = _read_weights(folder, _PICKLE, _read_pickle)
         if state_dict is None:
             raise FileNotFoundError(f"{folder}: no {_PICKLE}, and no index of shards of it")
     else:
         folder = checkpoint_folder(
-            model_name, [_SAFETENSORS, _index(_SAFETENSORS), "model-*.safetensors"]
+            model_name, [SAFETENSORS, index_of(SAFETENSORS), "model-*.safetensors"]
         )
-        state_dict = _read_weights(folder, _SAFETENSORS, load_safetensors)
+        state_dict = _read_weights(folder, SAFETENSORS, load_safetensors)
         if state_dict is None:
             raise FileNotFoundError(
-                f"{folder}: no {_SAFETENSORS}, and no index of shards of it; a {_PICKLE}, which is a "
+                f"{folder}: no {SAFETENSORS}, and no index of shards of it; a {_PICKLE}, which is a "
                 "pickle, is read with use_safetensors=False"
             )
     for name, tensor in state_dict.items():
@@ -90,7 +92,44 @@ def checkpoint_folder(model_name, patterns):
         ) from error
 
 
-def _index(name):
+def split_into_shards(state_dict, max_shard_size=None):
+    """The tensors of each file of a checkpoint, by file name, and the contents of the index of the
+    files, None for a single one; see MambaLMHeadModel.save_pretrained for max_shard_size."""
+    limit = _bytes(max_shard_size)
+    shards, size = [{}], 0
+    for name, tensor in state_dict.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SAFETENSORS: state_dict}, None
+    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": t for i, t in enumerate(shards, 1)}
+    return files, {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in state_dict.values())},
+        "weight_map": {name: file for file, tensors in files.items() for name in tensors},
+    }
+
+
+def _bytes(size):
+    """A size as split_into_shards takes it, in bytes."""
+    if size is None:
+        return math.inf
+    number, unit = size, 1
+    if isinstance(size, str):
+        number, unit = size.strip()[:-2], _UNITS.get(size.strip()[-2:].upper())
+    try:
+        count = float(number) * unit
+    except (TypeError, ValueError):
+        count = math.nan
+    if not 1 <= count < math.inf:
+        raise ValueError(f'max_shard_size must be bytes or a text such as "5GB", got {size!r}')
+    return count
+
+
+def index_of(name):
+    """The file that lists the shards of a file `name`."""
     return f"{name}.index.json"
 
 
@@ -105,18 +144,28 @@ def _read_json(path, max_size):
     if path.stat().st_size > max_size:
         raise ValueError(f"{path}: more than {max_size} bytes")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:  # also text that is not UTF-8
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+def _distinct(members):
+    """The dict of a JSON object that has no key twice."""
+    result = {}
+    for key, value in members:
+        if key in result:
+            raise ValueError(f"the key {ascii(key)[:80]} is there twice")
+        result[key] = value
+    return result
 
 
 def _read_weights(folder, name, read):
     """The tensors of the file `name`, or of its shards; None if there are neither."""
     if (folder / name).is_file():
         return read(folder / name)
-    if not (folder / _index(name)).is_file():
+    if not (folder / index_of(name)).is_file():
         return None
-    path = folder / _index(name)
+    path = folder / index_of(name)
     index = _read_json(path, _MAX_INDEX_SIZE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(

@@ -191,6 +191,12 @@ TEST_CASE("the scan's states may have a type of their own", "[generation]") {
   CHECK(model->generate(prompt(), options).equal(model->generate(prompt(), 12)));
 }
 
+TEST_CASE("graphs change nothing on a CPU", "[generation]") {
+  MambaLMHeadModel model = small_model();
+  const auto options = GenerateOptions(12).cg(true);
+  CHECK(model->generate(prompt(), options).equal(model->generate(prompt(), 12)));
+}
+
 TEST_CASE("generation refuses what it cannot do", "[generation]") {
   MambaLMHeadModel model = small_model();
   CHECK(model->generate(prompt(), 5).equal(prompt()));

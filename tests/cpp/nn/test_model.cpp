@@ -17,6 +17,7 @@
 
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
+using mamba_ssm::Block;
 using mamba_ssm::Mamba;
 using mamba_ssm::Mamba2Options;
 using mamba_ssm::MambaLMConfig;
@@ -120,6 +121,41 @@ TEST_CASE("the model computes embedding, blocks, norm and head", "[model]") {
   check_close(model->forward(tokens, nullptr, /*num_last_tokens=*/2), logits.narrow(1, 4, 2), 1e-9,
               1e-12);
   check_close(model->forward(tokens, nullptr, /*num_last_tokens=*/100), logits, 1e-9, 1e-12);
+}
+
+TEST_CASE("a block is a module of its own", "[model]") {
+  const torch::NoGradGuard no_grad;
+  at::manual_seed(0);
+  const bool rms_norm = GENERATE(false, true);
+  Block block(mamba_ssm::BlockOptions(Mamba2Options(16).d_state(4).headdim(8)).rms_norm(rms_norm));
+  CHECK(names_of(*block).count("norm.bias") == (rms_norm ? 0 : 1));
+  CHECK(names_of(*block).count("mixer.in_proj.weight") == 1);
+  const Tensor x = at::randn({2, 6, 16}), y = at::randn({2, 6, 16});
+  Tensor residual = y;
+  const Tensor expected = block->forward(x, residual);
+  check_close(residual, x + y);
+  Tensor normed;
+  check_close(block->norm->forward(x + y, normed),
+              rms_norm ? (x + y) / ((x + y).square().mean(-1, true) + 1e-5).sqrt()
+                       : at::layer_norm(x + y, {16}));
+
+  // In pieces, copied, in another type.
+  auto state = block->allocate_inference_cache(2);
+  std::vector<Tensor> pieces;
+  for (int64_t begin : {0, 4, 5}) {
+    const auto piece = [&](const Tensor& t) {
+      return t.slice(1, begin, begin == 0 ? 4 : begin + 1);
+    };
+    residual = piece(y);
+    pieces.push_back(block->forward(piece(x), residual, &state));
+  }
+  check_close(at::cat(pieces, 1), expected);
+  const auto copy = std::dynamic_pointer_cast<mamba_ssm::BlockImpl>(block->clone());
+  block->to(at::kDouble);
+  residual = y;
+  CHECK(copy->forward(x, residual).equal(expected));
+  residual = y.to(at::kDouble);
+  check_close(block->forward(x.to(at::kDouble), residual).to(at::kFloat), expected);
 }
 
 TEST_CASE("a 16-bit model keeps its residual stream in float32", "[model]") {
@@ -230,6 +266,29 @@ TEST_CASE("a tied matrix may have either name, or both if they agree", "[model]"
   }
 }
 
+TEST_CASE("a model loads from shards", "[model]") {
+  const torch::NoGradGuard no_grad;
+  const TemporaryFolder folder;
+  MambaLMHeadModel model(small_config());
+  model->save_pretrained(folder.path());
+  const auto tensors = mamba_ssm::state_dict(*model);
+  std::string index;
+  for (const auto& [name, tensor] : tensors) {  // one shard for each
+    mamba_ssm::save_safetensors(folder / (name + ".safetensors"), {{name, tensor}});
+    index += (index.empty() ? "\"" : ", \"") + name + "\": \"" + name + ".safetensors\"";
+  }
+  write(folder / "model.safetensors.index.json", "{\"weight_map\": {" + index + "}}");
+  std::filesystem::remove(folder / "model.safetensors");
+  MambaLMHeadModel loaded = MambaLMHeadModelImpl::from_pretrained(folder.path());
+  const Tensor tokens = random_tokens(2, 5);
+  CHECK(loaded->forward(tokens).equal(model->forward(tokens)));
+  // One file goes before shards.
+  model->backbone->norm_f->weight.fill_(2);
+  model->save_pretrained(folder.path());
+  CHECK(MambaLMHeadModelImpl::from_pretrained(folder.path())
+            ->backbone->norm_f->weight.equal(model->backbone->norm_f->weight));
+}
+
 TEST_CASE("a checkpoint that does not fit is refused by name", "[model]") {
   const TemporaryFolder folder;
   MambaLMHeadModel model(small_config());
@@ -252,7 +311,11 @@ TEST_CASE("a checkpoint that does not fit is refused by name", "[model]") {
 
   std::filesystem::remove(folder / "model.safetensors");
   CHECK_THROWS_WITH(MambaLMHeadModelImpl::from_pretrained(folder.path()),
-                    ContainsSubstring("model.safetensors: IoError"));
+                    ContainsSubstring("no model.safetensors, and no index of shards of it") &&
+                        !ContainsSubstring("pytorch_model.bin"));
+  write(folder / "pytorch_model.bin", "");
+  CHECK_THROWS_WITH(MambaLMHeadModelImpl::from_pretrained(folder.path()),
+                    ContainsSubstring("make one of pytorch_model.bin, which is a pickle"));
   std::filesystem::remove(folder / "config.json");
   CHECK_THROWS_WITH(MambaLMHeadModelImpl::from_pretrained(folder.path()),
                     ContainsSubstring("config.json: no such file"));
@@ -308,6 +371,12 @@ TEST_CASE("config.json: defaults, all keys, and what is refused", "[model]") {
   CHECK(options2.dt_limit().first == 0.5);
   CHECK(std::isinf(options2.dt_limit().second));
   CHECK(parse(config2.to_json()).to_json() == config2.to_json());
+  // As mamba_ssm 1.x wrote it, and nulls for what is empty.
+  CHECK(parse(with(R"("ssm_cfg": {}, "rms_norm": true, "residual_in_fp32": true,
+                      "fused_add_norm": true, "pad_vocab_size_multiple": 8)"))
+            .to_json() == defaults.to_json());
+  CHECK(parse(with(R"("ssm_cfg": null, "attn_layer_idx": null, "attn_cfg": null)")).to_json() ==
+        defaults.to_json());
   const auto plain = parse(with(R"("ssm_cfg": {"layer": "Mamba2", "d_ssm": null})"));
   CHECK_FALSE(std::get<Mamba2Options>(plain.ssm_cfg()).d_ssm());
 

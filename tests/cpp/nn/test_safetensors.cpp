@@ -19,6 +19,7 @@
 using at::Tensor;
 using Catch::Matchers::ContainsSubstring;
 using mamba_ssm::load_safetensors;
+using mamba_ssm::load_safetensors_shards;
 using mamba_ssm::save_safetensors;
 
 namespace {
@@ -446,4 +447,63 @@ TEST_CASE("load_state_dict names every tensor that does not fit", "[safetensors]
   CHECK(linear->bias.eq(3).all().item<bool>());
   CHECK(linear->weight.scalar_type() == at::kFloat);
   CHECK(linear->weight.requires_grad());
+}
+
+TEST_CASE("the shards of an index are one checkpoint", "[safetensors]") {
+  const TemporaryFolder folder;
+  const Tensor a = at::arange(3), b = at::ones({2, 2}), c = at::zeros({0});
+  save_safetensors(folder / "first", {{"a", a}, {"b", b}});
+  save_safetensors(folder / "second", {{"c", c}});
+  const auto index = write(folder / "index.json",
+                           R"({"metadata": {"weight_map": 1, "x": [{"y": 2}]},
+                               "weight_map": {"c": "second", "a": "first", "b": "first"}})");
+  const auto tensors = load_safetensors_shards(index);
+  REQUIRE(tensors.size() == 3);
+  CHECK((same_bytes(tensors.at("a"), a) && same_bytes(tensors.at("b"), b) &&
+         same_bytes(tensors.at("c"), c)));
+}
+
+TEST_CASE("an index that lies is refused by name", "[safetensors]") {
+  const TemporaryFolder folder;
+  save_safetensors(folder / "first", {{"a", at::ones({1})}});
+  save_safetensors(folder / "second", {{"a", at::ones({1})}});
+  std::filesystem::create_directory(folder / "folder");
+  const auto index = folder / "folder" / "index.json";
+  save_safetensors(folder / "folder" / "own", {{"a", at::ones({1})}, {"b", at::ones({1})}});
+  write(folder / "folder" / "broken", "{}");
+  const auto map_of = [](const std::string& members) {
+    return R"({"weight_map": {)" + members + "}}";
+  };
+  const std::vector<std::pair<std::string, std::string>> refused = {
+      {"", "InvalidIndex: not valid JSON"},
+      {"{", "InvalidIndex: not valid JSON"},
+      {"{\"weight_map\": {\"\xff\": \"own\"}}", "InvalidIndex: not valid JSON"},
+      {std::string(10'000, '['), "InvalidIndex: not valid JSON"},
+      {std::string(100'000'001, ' '), "InvalidIndex: more than"},
+      {"[]", "InvalidIndex: has no object weight_map"},
+      {R"({"metadata": {}})", "InvalidIndex: has no object weight_map"},
+      {R"({"weight_map": ["a"]})", "InvalidIndex: has no object weight_map"},
+      {map_of(R"("a": "own", "a": "own")"), "InvalidIndex: the key \"a\" is there twice"},
+      {R"({"weight_map": {}, "weight_map": {}})", "\"weight_map\" is there twice"},
+      {map_of(R"("a": 3)"), "InvalidIndex: tensor \"a\" is not in a file of this folder"},
+      {map_of(R"("a": null)"), "is not in a file of this folder"},
+      {map_of(R"("a": "")"), "is not in a file of this folder"},
+      {map_of(R"("a": "..")"), "is not in a file of this folder"},
+      {map_of(R"("a": "../first")"), "is not in a file of this folder"},
+      {map_of(R"("a": "own\u0000")"), "is not in a file of this folder"},
+      {map_of("\"a\": \"" + (folder / "first").string() + "\""), "is not in a file of this folder"},
+      {map_of(R"("a": "first")"), "MissingShard: \"first\" does not exist"},
+      {map_of(R"("a": "own")"), "ShardMismatch: \"own\" holds \"b\", which is not listed"},
+      {map_of(R"("a": "own", "b": "own", "c": "own")"), "\"own\" does not hold \"c\""},
+      {map_of(R"("a": "broken")"), "HeaderTooSmall"},
+      {map_of(R"("a": "index.json")"), "HeaderTooLarge"},
+  };
+  for (const auto& [text, fault] : refused) {
+    CAPTURE(text.substr(0, 100));
+    write(index, text);
+    CHECK_THROWS_WITH(load_safetensors_shards(index), ContainsSubstring(fault));
+    CHECK_THROWS_AS(load_safetensors_shards(index), std::runtime_error);
+  }
+  CHECK_THROWS_WITH(load_safetensors_shards(folder / "none"), ContainsSubstring("IoError"));
+  CHECK_THROWS_WITH(load_safetensors_shards(folder.path()), ContainsSubstring("IoError"));
 }

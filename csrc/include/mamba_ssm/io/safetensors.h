@@ -32,6 +32,17 @@ namespace mamba_ssm {
 MAMBA_SSM_API std::map<std::string, at::Tensor> load_safetensors(
     const std::filesystem::path& path, std::map<std::string, std::string>* metadata = nullptr);
 
+/// The tensors of a checkpoint in several files, the shards, which `index` lists
+/// (model.safetensors.index.json): a JSON object whose member weight_map maps each tensor name to
+/// the name of a file beside the index. Tensors as from load_safetensors.
+///
+/// Raises std::runtime_error as load_safetensors does for a shard, and with one of these faults:
+/// InvalidIndex for an index of more than 100 MB, that is not such an object, has a key twice, or
+/// names a file that is not in its folder; MissingShard; ShardMismatch if a shard does not hold
+/// exactly the tensors that are listed for it.
+MAMBA_SSM_API std::map<std::string, at::Tensor> load_safetensors_shards(
+    const std::filesystem::path& index);
+
 /// Writes tensors of any device and strides. The file appears under its name only when it is
 /// complete; equal arguments give equal bytes; every tensor is aligned for its dtype.
 ///

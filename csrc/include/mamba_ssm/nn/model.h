@@ -4,8 +4,7 @@
 
 #include <mamba_ssm/export.h>
 #include <mamba_ssm/generation.h>
-#include <mamba_ssm/nn/mamba.h>
-#include <mamba_ssm/nn/mamba2.h>
+#include <mamba_ssm/nn/block.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/embedding.h>
 
@@ -13,20 +12,17 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <variant>
 #include <vector>
 
 namespace mamba_ssm {
 
-/// Options of the mixer of a block, which is of the kind that they are for. In config.json the kind
-/// is ssm_cfg.layer, "Mamba1" or "Mamba2".
-using MixerOptions = std::variant<MambaOptions, Mamba2Options>;
-
 /// Options of the language model; the defaults are those of config.json.
 struct MAMBA_SSM_API MambaLMConfig {
-  /// Reads config.json. Raises std::runtime_error, naming the key, for a missing d_model, n_layer
-  /// or vocab_size, for an unknown key, a value of the wrong type or out of range, and for what
-  /// this model does not have: attention layers, MLPs, layers other than "Mamba1" and "Mamba2".
+  /// Reads config.json, that of mamba_ssm 1.x too, which lacks the later keys; null stands for an
+  /// empty ssm_cfg or attn_layer_idx. Raises std::runtime_error, naming the key, for a missing
+  /// d_model, n_layer or vocab_size, for an unknown key, a value of the wrong type or out of range,
+  /// and for what this model does not have: attention layers, MLPs, layers other than "Mamba1" and
+  /// "Mamba2".
   static MambaLMConfig from_file(const std::filesystem::path& path);
 
   /// The text of config.json, readable by Python's MambaConfig too.
@@ -62,48 +58,6 @@ struct MAMBA_SSM_API MambaLMConfig {
   /// Rows of the embedding: vocab_size rounded up.
   int64_t padded_vocab_size() const;
 };
-
-/// RMS norm (parameter `weight`) or layer norm (`weight`, `bias`) over the last dimension, fused
-/// with the addition before it. Computed in at least float32; the result has the dtype of hidden.
-/// Source: RMSNorm (arXiv 1910.07467).
-class MAMBA_SSM_API NormImpl : public torch::nn::Cloneable<NormImpl> {
- public:
-  NormImpl(int64_t size_, bool rms_norm_, double epsilon_);
-
-  void reset() override;
-
-  /// residual <- residual + hidden, at least float32 if residual_in_fp32; returns its norm.
-  /// hidden is (..., size); an undefined residual counts as 0.
-  at::Tensor forward(const at::Tensor& hidden, at::Tensor& residual, bool residual_in_fp32 = false);
-
-  int64_t size;
-  bool rms_norm;
-  double epsilon;
-
-  at::Tensor weight;  // (size)
-  at::Tensor bias;    // (size); undefined for RMS norm
-};
-TORCH_MODULE(Norm);
-
-/// One layer: residual <- residual + hidden, hidden <- mixer(norm(residual)).
-class MAMBA_SSM_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
- public:
-  explicit BlockImpl(MambaLMConfig config_);
-
-  void reset() override;
-
-  /// hidden_states (batch, seqlen, d_model) -> the same shape. `residual` is undefined before the
-  /// first layer, and is replaced. `state`, `seq_idx`: as in MambaImpl::forward.
-  at::Tensor forward(const at::Tensor& hidden_states, at::Tensor& residual,
-                     MambaState* state = nullptr,
-                     const std::optional<at::Tensor>& seq_idx = std::nullopt);
-
-  MambaLMConfig config;
-
-  Norm norm{nullptr};
-  std::variant<Mamba, Mamba2> mixer{Mamba(nullptr)};
-};
-TORCH_MODULE(Block);
 
 /// Everything but the head: embedding, layers, norm_f.
 class MAMBA_SSM_API MixerModelImpl : public torch::nn::Cloneable<MixerModelImpl> {
@@ -158,10 +112,11 @@ class MAMBA_SSM_API MambaLMHeadModelImpl : public torch::nn::Cloneable<MambaLMHe
   /// max_length tokens or more come back as they are. Raises c10::Error for options out of range.
   at::Tensor generate(const at::Tensor& input_ids, const GenerateOptions& options);
 
-  /// Reads config.json and model.safetensors in `folder`, as written by save_pretrained here or in
-  /// Python. The parameters get `dtype` (absent: torch's default dtype) whatever the file holds.
-  /// Raises std::runtime_error if a file is missing, malformed, or does not fit the other
-  /// (c10::Error if it asks for a Mamba block that cannot be).
+  /// Reads config.json and the weights in `folder`, as written by save_pretrained here or in
+  /// Python: model.safetensors, or else the shards that model.safetensors.index.json lists. The
+  /// parameters get `dtype` (absent: torch's default dtype) whatever the file holds. Raises
+  /// std::runtime_error if a file is missing, malformed, or does not fit the other (c10::Error if
+  /// it asks for a Mamba block that cannot be).
   static std::shared_ptr<MambaLMHeadModelImpl> from_pretrained(
       const std::filesystem::path& folder, std::optional<at::ScalarType> dtype = std::nullopt,
       std::optional<at::Device> device = std::nullopt);
