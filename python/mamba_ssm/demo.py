@@ -132,7 +132,7 @@ def compare_languages(checkpoint, args):
         print(f"--- Python, {name}, {speed:,.0f} bytes/s\n{text}\n---")
         if program is None:
             continue
-        command = [program, checkpoint, "--prompt", args.prompt, "--bytes", str(SAMPLE_BYTES)]
+        command = [program, checkpoint, "--prompt", args.prompt, "--tokens", str(SAMPLE_BYTES)]
         command += ["--seed", str(args.seed), "--temperature", str(TEMPERATURE)]
         result = subprocess.run(command + ["--greedy"] * greedy, stdout=subprocess.PIPE)
         if result.returncode != 0:
