@@ -77,6 +77,8 @@ have_header() { printf '#include <%s>\n' "$1" | c++ -std=c++17 -E -x c++ - >/dev
 
 need_json() { have_header nlohmann/json.hpp || install_packages nlohmann-json3-dev; }
 
+need_utf8proc() { have_header utf8proc.h || install_packages libutf8proc-dev; }
+
 # Catch2 3. Debian 12 has it in its backports only.
 need_catch2() {
   have_header catch2/catch_test_macros.hpp && return

@@ -261,6 +261,6 @@ def test_cpp_program_writes_the_same_bytes(layer, tmp_path):
     command = [sys.executable, "-m", "mamba_ssm", "generate", str(tmp_path), *CPU]
     common = ["--prompt", "def é", "--seed", "3", "--temperature", "0.7"]
     python = subprocess.run([*command, *common, "--tokens", "200"], capture_output=True)
-    cpp = subprocess.run([program, tmp_path, *common, "--bytes", "200"], capture_output=True)
+    cpp = subprocess.run([program, tmp_path, *common, "--tokens", "200"], capture_output=True)
     assert python.returncode == cpp.returncode == 0, python.stderr + cpp.stderr
     assert python.stdout == cpp.stdout.decode(errors="replace").encode()

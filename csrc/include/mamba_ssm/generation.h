@@ -1,5 +1,6 @@
-// Generation: how a token is drawn from logits, and the options of MambaLMHeadModel::generate. The
-// twin of mamba_ssm.utils.generation in Python: equal generators draw equal tokens.
+/// @file
+/// Generation: how a token is drawn from logits, and the options of MambaLMHeadModel::generate. The
+/// twin of mamba_ssm.utils.generation in Python: equal generators draw equal tokens.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -52,18 +53,25 @@ MAMBA_SSM_API at::Tensor sample(const at::Tensor& logits, int64_t top_k = 1, dou
 ///     GenerateOptions(100).top_k(0).temperature(0.8).generator(
 ///         at::make_generator<at::CPUGeneratorImpl>(seed))
 struct GenerateOptions {
+  /// Receives tokens (batch, 1), int64, on the CPU.
   using OnTokens = std::function<void(const at::Tensor&)>;
+  /// Whether to stop.
   using ShouldStop = std::function<bool()>;
 
+  /// Greedy decoding until rows have max_length tokens.
   /* implicit */ GenerateOptions(int64_t max_length) : max_length_(max_length) {}
 
   /// Tokens of a row, those of its prompt included.
   TORCH_ARG(int64_t, max_length);
-  /// How a token is drawn: see `sample`.
+  /// Draws of the top_k most probable tokens; 1: the most probable one; 0: all. See `sample`.
   TORCH_ARG(int64_t, top_k) = 1;
+  /// Draws of the most probable tokens whose sum reaches top_p; 0: all.
   TORCH_ARG(double, top_p) = 0;
+  /// Draws of the tokens at least min_p times as probable as the best one; 0: all.
   TORCH_ARG(double, min_p) = 0;
+  /// Divides the logits.
   TORCH_ARG(double, temperature) = 1;
+  /// Of the model's device; absent: its default one.
   TORCH_ARG(std::optional<at::Generator>, generator) = std::nullopt;
   /// For tokens of prompt and continuation: see `modify_logit_for_repetition_penalty`.
   TORCH_ARG(double, repetition_penalty) = 1;

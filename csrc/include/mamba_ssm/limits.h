@@ -1,4 +1,5 @@
-// Constants that the kernels and their callers must agree on.
+/// @file
+/// Constants that the kernels and their callers must agree on.
 #pragma once
 
 #include <cstdint>

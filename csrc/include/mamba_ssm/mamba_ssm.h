@@ -1,4 +1,5 @@
-// Everything public, in one header.
+/// @file
+/// Everything public, in one header.
 #pragma once
 
 #include <mamba_ssm/generation.h>
@@ -9,3 +10,6 @@
 #include <mamba_ssm/nn/model.h>
 #include <mamba_ssm/ops.h>
 #include <mamba_ssm/version.h>
+
+/// Mamba's operations, torch::nn modules, language model and files.
+namespace mamba_ssm {}

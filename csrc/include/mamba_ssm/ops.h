@@ -1,17 +1,18 @@
-// The operations as C++ functions. Each calls the torch op of its name (torch.ops.mamba_ssm in
-// Python), so it works on CPU, CUDA and meta tensors, under autograd and under tracing.
-//
-// Common rules. T is one floating type for all activations of a call: float32, float16, bfloat16 or
-// float64; parameters (A, D, biases, weights) may each be float32, float16 or bfloat16, or float64
-// with T = float64. Sums run in float32 (float64). Tensors may have any strides; empty tensors give
-// empty results. All tensors of a call are on one device. Wrong arguments raise an error that names
-// op, argument, expected and actual value, before anything is written. Results are the same bits
-// run to run.
-//
-// seq_idx (batch, seqlen), int32 or int64, packs several sequences into a row: each id names one run
-// of tokens; nothing crosses from one id to the next; ids < 0 are padding, with output 0 and no
-// effect on states or gradients. Initial states belong to the first sequence of a row, final states
-// continue its last one.
+/// @file
+/// The operations as C++ functions. Each calls the torch op of its name (torch.ops.mamba_ssm in
+/// Python), so it works on CPU, CUDA and meta tensors, under autograd and under tracing.
+///
+/// Common rules. T is one floating type for all activations of a call: float32, float16, bfloat16 or
+/// float64; parameters (A, D, biases, weights) may each be float32, float16 or bfloat16, or float64
+/// with T = float64. Sums run in float32 (float64). Tensors may have any strides; empty tensors give
+/// empty results. All tensors of a call are on one device. Wrong arguments raise an error that names
+/// op, argument, expected and actual value, before anything is written. Results are the same bits
+/// run to run.
+///
+/// seq_idx (batch, seqlen), int32 or int64, packs several sequences into a row: each id names one run
+/// of tokens; nothing crosses from one id to the next; ids < 0 are padding, with output 0 and no
+/// effect on states or gradients. Initial states belong to the first sequence of a row, final states
+/// continue its last one.
 #pragma once
 
 #include <ATen/core/Tensor.h>

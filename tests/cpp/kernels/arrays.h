@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <thread>
 #include <vector>
 
 namespace mamba_ssm::kernels {
@@ -261,11 +262,18 @@ inline std::vector<const CpuKernels*> tables() {
   return {first, first + count};
 }
 
-/// Calls `run(begin, end)` for all items at once, or for one at a time, last first.
+/// Calls `run(begin, end)` for all items at once, or for each alone, last first, on several threads.
 template <class F>
 void run_items(int64_t items, bool one_by_one, F run) {
+  constexpr int64_t kThreads = 4;
   if (!one_by_one) return run(0, items);
-  for (int64_t i = items; i-- > 0;) run(i, i + 1);
+  std::vector<std::thread> threads;
+  for (int64_t last = items - 1; last >= std::max<int64_t>(items - kThreads, 0); --last) {
+    threads.emplace_back([=] {
+      for (int64_t i = last; i >= 0; i -= kThreads) run(i, i + 1);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 inline double silu(double x) { return x / (1 + std::exp(-x)); }

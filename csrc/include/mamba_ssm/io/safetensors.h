@@ -1,7 +1,8 @@
-// Weights in files: the safetensors format, read and written without running any code of the file.
-//
-// Format: 8 bytes, the length n of the header (little endian); n bytes of JSON, which maps each
-// tensor name to dtype, shape and [begin, end) of its bytes; the tensors' bytes, without gaps.
+/// @file
+/// Weights in files: the safetensors format, read and written without running any code of the file.
+///
+/// Format: 8 bytes, the length n of the header (little endian); n bytes of JSON, which maps each
+/// tensor name to dtype, shape and [begin, end) of its bytes; the tensors' bytes, without gaps.
 #pragma once
 
 #include <ATen/core/Tensor.h>

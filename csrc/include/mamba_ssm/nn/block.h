@@ -1,5 +1,6 @@
-// One layer of a language model: residual addition, norm and a Mamba or Mamba-2 block. The twin of
-// mamba_ssm.modules.block.Block in Python without an MLP, with the same names of parameters.
+/// @file
+/// One layer of a language model: residual addition, norm and a Mamba or Mamba-2 block. The twin of
+/// mamba_ssm.modules.block.Block in Python without an MLP, with the same names of parameters.
 #pragma once
 
 #include <mamba_ssm/export.h>
@@ -28,6 +29,7 @@ class MAMBA_SSM_API NormImpl : public torch::nn::Cloneable<NormImpl> {
   /// dtype and are on the CPU: weight 1, bias 0.
   NormImpl(int64_t size_, bool rms_norm_, double epsilon_ = 1e-5);
 
+  /// Makes the parameters and draws them anew; clone() calls it.
   void reset() override;
 
   /// residual <- residual + hidden, at least float32 if residual_in_fp32; returns its norm.
@@ -67,6 +69,7 @@ class MAMBA_SSM_API BlockImpl : public torch::nn::Cloneable<BlockImpl> {
   /// Raises c10::Error for an option that is out of range.
   explicit BlockImpl(BlockOptions options_);
 
+  /// Makes the parameters and draws them anew; clone() calls it.
   void reset() override;
 
   /// hidden_states (batch, seqlen, d_model) -> the same shape. `residual` is undefined before the

@@ -1,5 +1,6 @@
-// The Mamba block as a torch::nn module: the twin of mamba_ssm.Mamba in Python, with the same
-// arguments, initialisation, parameter names, shapes and dtypes.
+/// @file
+/// The Mamba block as a torch::nn module: the twin of mamba_ssm.Mamba in Python, with the same
+/// arguments, initialisation, parameter names, shapes and dtypes.
 #pragma once
 
 #include <mamba_ssm/export.h>
@@ -20,6 +21,7 @@ namespace mamba_ssm {
 ///
 ///     Mamba block(MambaOptions(256).d_state(16).dtype(torch::kBFloat16));
 struct MambaOptions {
+  /// The defaults, for tokens of d_model numbers.
   /* implicit */ MambaOptions(int64_t d_model) : d_model_(d_model) {}
 
   /// Width of the tokens that go in and come out.
@@ -34,11 +36,14 @@ struct MambaOptions {
   TORCH_ARG(std::optional<int64_t>, dt_rank) = std::nullopt;
   /// softplus(dt_proj.bias) is drawn log-uniformly from [dt_min, dt_max], not below dt_init_floor.
   TORCH_ARG(double, dt_min) = 0.001;
+  /// See dt_min.
   TORCH_ARG(double, dt_max) = 0.1;
+  /// See dt_min.
   TORCH_ARG(double, dt_init_floor) = 1e-4;
   /// dt_proj.weight is uniform in [-s, s] ("random") or s ("constant"), s = dt_scale /
   /// sqrt(dt_rank).
   TORCH_ARG(std::string, dt_init) = "random";
+  /// See dt_init.
   TORCH_ARG(double, dt_scale) = 1;
   /// Whether the convolution has a bias.
   TORCH_ARG(bool, conv_bias) = true;
@@ -75,7 +80,9 @@ class MAMBA_SSM_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
   /// Raises c10::Error for an option that is out of range.
   explicit MambaImpl(MambaOptions options_);
 
+  /// Makes the parameters and draws them anew; clone() calls it.
   void reset() override;
+  /// Writes name and options, as printing a module does.
   void pretty_print(std::ostream& stream) const override;
 
   /// hidden_states (batch, seqlen, d_model) in the module's dtype -> the same shape. seq_idx
@@ -110,15 +117,15 @@ class MAMBA_SSM_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
   /// Rank of the projection to delta.
   int64_t dt_rank() const;
 
-  MambaOptions options;
+  MambaOptions options;  ///< As given.
 
-  torch::nn::Linear in_proj{nullptr};   // (d_model) -> (2 * d_inner): x, z
-  torch::nn::Conv1d conv1d{nullptr};    // (d_inner), depthwise, d_conv taps
-  torch::nn::Linear x_proj{nullptr};    // (d_inner) -> (dt_rank + 2 * d_state): dt, B, C
-  torch::nn::Linear dt_proj{nullptr};   // (dt_rank) -> (d_inner)
-  at::Tensor A_log;                     // (d_inner, d_state)
-  at::Tensor D;                         // (d_inner)
-  torch::nn::Linear out_proj{nullptr};  // (d_inner) -> (d_model)
+  torch::nn::Linear in_proj{nullptr};   ///< (d_model) -> (2 * d_inner): x, z
+  torch::nn::Conv1d conv1d{nullptr};    ///< (d_inner), depthwise, d_conv taps
+  torch::nn::Linear x_proj{nullptr};    ///< (d_inner) -> (dt_rank + 2 * d_state): dt, B, C
+  torch::nn::Linear dt_proj{nullptr};   ///< (dt_rank) -> (d_inner)
+  at::Tensor A_log;                     ///< (d_inner, d_state)
+  at::Tensor D;                         ///< (d_inner)
+  torch::nn::Linear out_proj{nullptr};  ///< (d_inner) -> (d_model)
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(static_cast<MambaState*>(nullptr))},

@@ -1,5 +1,6 @@
-// The Mamba-2 block as a torch::nn module: the twin of mamba_ssm.Mamba2 in Python, with the same
-// arguments, initialisation, parameter names, shapes and dtypes.
+/// @file
+/// The Mamba-2 block as a torch::nn module: the twin of mamba_ssm.Mamba2 in Python, with the same
+/// arguments, initialisation, parameter names, shapes and dtypes.
 #pragma once
 
 #include <mamba_ssm/export.h>
@@ -22,8 +23,10 @@ namespace mamba_ssm {
 ///
 ///     Mamba2 block(Mamba2Options(1024).d_state(64).dtype(torch::kBFloat16));
 struct Mamba2Options {
+  /// Lower and upper end.
   using Range = std::pair<double, double>;
 
+  /// The defaults, for tokens of d_model numbers.
   /* implicit */ Mamba2Options(int64_t d_model) : d_model_(d_model) {}
 
   /// Width of the tokens that go in and come out.
@@ -48,10 +51,13 @@ struct Mamba2Options {
   TORCH_ARG(bool, D_has_hdim) = false;
   /// Normalizes behind the scan, and there before the gate instead of after it.
   TORCH_ARG(bool, rmsnorm) = true;
+  /// See rmsnorm.
   TORCH_ARG(bool, norm_before_gate) = false;
   /// softplus(dt_bias) is drawn log-uniformly from [dt_min, dt_max], not below dt_init_floor.
   TORCH_ARG(double, dt_min) = 0.001;
+  /// See dt_min.
   TORCH_ARG(double, dt_max) = 0.1;
+  /// See dt_min.
   TORCH_ARG(double, dt_init_floor) = 1e-4;
   /// Steps of the scan are clamped to this range.
   TORCH_ARG(Range, dt_limit) = Range(0, std::numeric_limits<double>::infinity());
@@ -68,19 +74,23 @@ struct Mamba2Options {
 /// rms_norm_gated with a parameter weight (channels).
 class MAMBA_SSM_API RmsNormGatedImpl : public torch::nn::Cloneable<RmsNormGatedImpl> {
  public:
+  /// Statistics are those of each run of group_size_ channels, which divides channels_. The weight
+  /// is 1, of torch's default dtype, on the CPU.
   RmsNormGatedImpl(int64_t channels_, int64_t group_size_, bool norm_before_gate_);
 
+  /// Makes the parameters and draws them anew; clone() calls it.
   void reset() override;
 
-  /// x, z (..., channels), of one dtype.
+  /// x and gate z (..., channels), of one dtype -> the same shape and dtype.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& z);
 
-  static constexpr double kEpsilon = 1e-5;
+  static constexpr double kEpsilon = 1e-5;  ///< Added to the variance.
 
-  int64_t channels, group_size;
-  bool norm_before_gate;
+  int64_t channels;       ///< As given.
+  int64_t group_size;     ///< As given.
+  bool norm_before_gate;  ///< Normalizes x, else x silu(z).
 
-  at::Tensor weight;
+  at::Tensor weight;  ///< (channels)
 };
 TORCH_MODULE(RmsNormGated);
 
@@ -100,7 +110,9 @@ class MAMBA_SSM_API Mamba2Impl : public torch::nn::Cloneable<Mamba2Impl> {
   /// Raises c10::Error for an option that is out of range.
   explicit Mamba2Impl(Mamba2Options options_);
 
+  /// Makes the parameters and draws them anew; clone() calls it.
   void reset() override;
+  /// Writes name and options, as printing a module does.
   void pretty_print(std::ostream& stream) const override;
 
   /// u (batch, seqlen, d_model) in the module's dtype -> the same shape. seq_idx (batch, seqlen) or
@@ -128,22 +140,24 @@ class MAMBA_SSM_API Mamba2Impl : public torch::nn::Cloneable<Mamba2Impl> {
       std::optional<at::ScalarType> dtype = std::nullopt,
       std::optional<at::ScalarType> state_dtype = std::nullopt) const;
 
-  /// Channels inside the block, int(expand * d_model), and those of the scan.
+  /// Channels inside the block: int(expand * d_model).
   int64_t d_inner() const;
+  /// Channels of the scan.
   int64_t d_ssm() const;
+  /// Heads of the scan: d_ssm / headdim.
   int64_t nheads() const;
   /// Channels of the convolution: d_ssm + 2 * ngroups * d_state.
   int64_t channels() const;
 
-  Mamba2Options options;
+  Mamba2Options options;  ///< As given.
 
-  torch::nn::Linear in_proj{nullptr};   // (d_model) -> z0, x0, z, x, B, C, dt
-  torch::nn::Conv1d conv1d{nullptr};    // (channels), depthwise, d_conv taps
-  at::Tensor dt_bias;                   // (nheads)
-  at::Tensor A_log;                     // (nheads)
-  at::Tensor D;                         // (nheads), or (d_ssm) with D_has_hdim
-  RmsNormGated norm{nullptr};           // (d_ssm); empty without rmsnorm
-  torch::nn::Linear out_proj{nullptr};  // (d_inner) -> (d_model)
+  torch::nn::Linear in_proj{nullptr};   ///< (d_model) -> z0, x0, z, x, B, C, dt
+  torch::nn::Conv1d conv1d{nullptr};    ///< (channels), depthwise, d_conv taps
+  at::Tensor dt_bias;                   ///< (nheads)
+  at::Tensor A_log;                     ///< (nheads)
+  at::Tensor D;                         ///< (nheads), or (d_ssm) with D_has_hdim
+  RmsNormGated norm{nullptr};           ///< (d_ssm); empty without rmsnorm
+  torch::nn::Linear out_proj{nullptr};  ///< (d_inner) -> (d_model)
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(static_cast<MambaState*>(nullptr))},

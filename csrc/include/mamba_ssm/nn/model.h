@@ -1,5 +1,6 @@
-// A language model of Mamba or Mamba-2 blocks: the twin of MambaLMHeadModel in Python, with the
-// same config.json and the same names of parameters.
+/// @file
+/// A language model of Mamba or Mamba-2 blocks: the twin of MambaLMHeadModel in Python, with the
+/// same config.json and the same names of parameters.
 #pragma once
 
 #include <mamba_ssm/export.h>
@@ -34,6 +35,7 @@ struct MAMBA_SSM_API MambaLMConfig {
   TORCH_ARG(int64_t, n_layer) = 64;
   /// Number of tokens; the embedding has this many rows, rounded up to pad_vocab_size_multiple.
   TORCH_ARG(int64_t, vocab_size) = 50277;
+  /// What the embedding's rows are a multiple of.
   TORCH_ARG(int64_t, pad_vocab_size_multiple) = 8;
   /// Options of the mixer of every block. Its d_model, dtype and device are taken from here
   /// instead.
@@ -62,8 +64,10 @@ struct MAMBA_SSM_API MambaLMConfig {
 /// Everything but the head: embedding, layers, norm_f.
 class MAMBA_SSM_API MixerModelImpl : public torch::nn::Cloneable<MixerModelImpl> {
  public:
+  /// Raises c10::Error for a config that is out of range.
   explicit MixerModelImpl(MambaLMConfig config_);
 
+  /// Makes the parameters and draws them anew; clone() calls it.
   void reset() override;
 
   /// input_ids (batch, seqlen), int32 or int64 -> (batch, seqlen, d_model). `states`: one per
@@ -71,11 +75,11 @@ class MAMBA_SSM_API MixerModelImpl : public torch::nn::Cloneable<MixerModelImpl>
   at::Tensor forward(const at::Tensor& input_ids, std::vector<MambaState>* states = nullptr,
                      const std::optional<at::Tensor>& seq_idx = std::nullopt);
 
-  MambaLMConfig config;
+  MambaLMConfig config;  ///< As given.
 
-  torch::nn::Embedding embedding{nullptr};  // (padded_vocab_size, d_model)
-  torch::nn::ModuleList layers{nullptr};    // n_layer Blocks
-  Norm norm_f{nullptr};
+  torch::nn::Embedding embedding{nullptr};  ///< (padded_vocab_size, d_model)
+  torch::nn::ModuleList layers{nullptr};    ///< n_layer Blocks
+  Norm norm_f{nullptr};                     ///< Before the head.
 };
 TORCH_MODULE(MixerModel);
 
@@ -88,8 +92,10 @@ TORCH_MODULE(MixerModel);
 /// Source: Mamba (arXiv 2312.00752), section 3.4.
 class MAMBA_SSM_API MambaLMHeadModelImpl : public torch::nn::Cloneable<MambaLMHeadModelImpl> {
  public:
+  /// Raises c10::Error for a config that is out of range.
   explicit MambaLMHeadModelImpl(MambaLMConfig config_);
 
+  /// Makes the parameters and draws them anew; clone() calls it.
   void reset() override;
 
   /// input_ids (batch, seqlen), int32 or int64, each below padded_vocab_size -> logits (batch,
@@ -124,10 +130,10 @@ class MAMBA_SSM_API MambaLMHeadModelImpl : public torch::nn::Cloneable<MambaLMHe
   /// Writes config.json and model.safetensors into `folder`, which is created if it is not there.
   void save_pretrained(const std::filesystem::path& folder) const;
 
-  MambaLMConfig config;
+  MambaLMConfig config;  ///< As given.
 
-  MixerModel backbone{nullptr};
-  torch::nn::Linear lm_head{nullptr};  // empty with tie_embeddings
+  MixerModel backbone{nullptr};        ///< All but the head.
+  torch::nn::Linear lm_head{nullptr};  ///< empty with tie_embeddings
 };
 TORCH_MODULE(MambaLMHeadModel);
 
