@@ -11,7 +11,9 @@ if(NOT DEFINED Torch_DIR AND NOT DEFINED Torch_ROOT)
   endif()
 endif()
 # Torch's own warning about a library that Python-only users do not have (kineto) is not ours to act on.
+set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON)  # for the project that this one may be a part of
 find_package(Torch 2.10 REQUIRED)
+set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL OFF)
 
 get_filename_component(MAMBA_SSM_TORCH_ROOT "${TORCH_INSTALL_PREFIX}" REALPATH)
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" MAMBA_SSM_TORCH_VERSION "${Torch_VERSION}")
