@@ -514,6 +514,7 @@ void write_file(const std::filesystem::path& path, const std::map<std::string, T
 }
 
 constexpr uint64_t kMaxIndexSize = 100'000'000;  // bytes
+constexpr int kMaxIndexDepth = 64;               // objects and lists in one another
 constexpr char kWeightMap[] = "weight_map";
 
 /// weight_map of an index, turned round: the names of the tensors of each shard.
@@ -529,6 +530,7 @@ std::map<std::string, std::set<std::string>> read_index(const std::filesystem::p
   std::vector<std::set<std::string>> keys;  // those met in each of the objects around
   const auto keep = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
     using Event = nlohmann::json::parse_event_t;
+    if (depth > kMaxIndexDepth) throw Fault("InvalidIndex", "nested too deeply");
     const auto around = static_cast<size_t>(depth);  // objects and lists
     if (event == Event::object_start) {
       keys.resize(around);

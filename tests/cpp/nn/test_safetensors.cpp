@@ -478,7 +478,7 @@ TEST_CASE("an index that lies is refused by name", "[safetensors]") {
       {"", "InvalidIndex: not valid JSON"},
       {"{", "InvalidIndex: not valid JSON"},
       {"{\"weight_map\": {\"\xff\": \"own\"}}", "InvalidIndex: not valid JSON"},
-      {std::string(10'000, '['), "InvalidIndex: not valid JSON"},
+      {std::string(10'000, '['), "InvalidIndex: nested too deeply"},
       {std::string(100'000'001, ' '), "InvalidIndex: more than"},
       {"[]", "InvalidIndex: has no object weight_map"},
       {R"({"metadata": {}})", "InvalidIndex: has no object weight_map"},
