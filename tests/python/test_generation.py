@@ -101,7 +101,7 @@ def min_p_tokens(row, min_p):
 @pytest.mark.parametrize("top_k", [0, 1, 2, 5, 8, 100])
 def test_top_k(device, logits, dtype, top_k):
     logits = logits.to(dtype)
-    got = logits.to(device)
+    got = logits.to(device, copy=True)
     modify_logits_for_top_k_filtering(got, top_k)
     count = min(top_k, logits.shape[1])
 
@@ -117,7 +117,7 @@ def test_top_k(device, logits, dtype, top_k):
 @pytest.mark.parametrize("top_p", [-1.0, 0.0, 1e-9, 0.24, 0.5, 0.7, 0.93, 1.0])
 def test_top_p(device, logits, dtype, top_p):
     logits = logits.to(dtype)
-    got = logits.to(device)
+    got = logits.to(device, copy=True)
     modify_logits_for_top_p_filtering(got, top_p)
     if 0 < top_p < 1:
         logits = keep(logits, lambda row: top_p_tokens(row, top_p))
@@ -136,7 +136,7 @@ def test_top_p_of_equal_tokens():
 @pytest.mark.parametrize("min_p", [-1.0, 0.0, 1e-9, 0.02, 0.3, 0.9, 1.0])
 def test_min_p(device, logits, dtype, min_p):
     logits = logits.to(dtype)
-    got = logits.to(device)
+    got = logits.to(device, copy=True)
     modify_logits_for_min_p_filtering(got, min_p)
     if min_p > 0:
         logits = keep(logits, lambda row: min_p_tokens(row, min_p))
@@ -152,7 +152,7 @@ def test_repetition_penalty(device, penalty):
         for i in set(tokens):
             x = logits[row, i]
             expected[row, i] = x * penalty if x < 0 else x / penalty
-    got = logits.to(device)
+    got = logits.to(device, copy=True)
     assert modify_logit_for_repetition_penalty(got, previous.to(device), penalty) is got
     torch.testing.assert_close(got.cpu(), expected)
 

@@ -359,7 +359,8 @@ def check_weight_norm(name, module, paths, x):
             layer.parametrizations.weight.original0 *= 1.5
             expected.get_submodule(path).weight *= 1.5
     out, grads = gradients(module, x)
-    torch.testing.assert_close(out, run(expected, x))
+    # The norm of a weight is rounded differently on a GPU.
+    torch.testing.assert_close(out, run(expected, x), rtol=1e-5, atol=1e-5)
     check_pieces(name, module, x, out)
     for path in paths:
         for part in ("original0", "original1"):
