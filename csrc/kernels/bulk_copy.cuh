@@ -40,20 +40,22 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 template <class T>
 bool describe_tensor(TensorMap& map, const View<4>& v, int64_t batch, int64_t seqlen, int64_t heads,
                      int64_t columns, int box_rows, int box_columns) {
+  constexpr int64_t kVector = 16, kMostSize = int64_t{1} << 32, kMostStride = int64_t{1} << 40;
   const auto encode = tensor_map_encoder();
   const int64_t sizes[4] = {columns, heads, seqlen, batch};
   const int64_t strides[3] = {v.stride[2], v.stride[1], v.stride[0]};
   if (encode == nullptr || v.stride[3] != 1) return false;
+  if (reinterpret_cast<uintptr_t>(v.data) % kVector != 0) return false;
   cuuint64_t size[4], bytes[3];
   for (int i = 0; i < 4; ++i) {
-    if (sizes[i] <= 0) return false;
+    if (sizes[i] <= 0 || sizes[i] > kMostSize) return false;
     size[i] = static_cast<cuuint64_t>(sizes[i]);
   }
   for (int i = 0; i < 3; ++i) {
     // A stride that is never taken may be anything, which the engine would refuse.
-    const int64_t stride = sizes[i + 1] == 1 ? 8 : strides[i];
-    if (stride <= 0) return false;
-    bytes[i] = static_cast<cuuint64_t>(stride) * sizeof(T);
+    const int64_t stride = sizes[i + 1] == 1 ? kVector : strides[i] * int64_t{sizeof(T)};
+    if (stride <= 0 || stride >= kMostStride || stride % kVector != 0) return false;
+    bytes[i] = static_cast<cuuint64_t>(stride);
   }
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), 1,
                              static_cast<cuuint32_t>(box_rows), 1};
