@@ -61,7 +61,8 @@ struct CausalConv1dParams {
 ///   x, out              (batch, dim, seqlen)            T
 ///   conv_state          (num_slots, dim, state_len)     T, updated in place through any stride
 ///   cache_seqlens       (batch)                         int32 or int64; optional
-///   conv_state_indices  (batch)                         int32 or int64; optional: slot of each row;
+///   conv_state_indices  (batch)                         int32 or int64; optional: slot of each
+///   row;
 ///                       without it row b uses slot b. Out of [0, num_slots): out row is 0, no
 ///                       state is touched.
 struct CausalConv1dUpdateParams {

@@ -98,13 +98,12 @@ CudaStatus selective_state_update_cuda(const SelectiveStateUpdateParams& p, Cuda
 }
 
 CudaStatus rms_norm_gated_fwd_cuda(const RmsNormGatedParams& p, CudaStream stream) {
-  return for_element(
-      p.dtype, [&](auto t) { return launch_rms_norm_gated_fwd<decltype(t)>(p, stream); });
+  return for_element(p.dtype,
+                     [&](auto t) { return launch_rms_norm_gated_fwd<decltype(t)>(p, stream); });
 }
 
 size_t rms_norm_gated_bwd_cuda_workspace(const RmsNormGatedParams& p) {
-  return for_element(p.dtype,
-                     [&](auto t) { return workspace_rms_norm_gated_bwd<decltype(t)>(p); });
+  return for_element(p.dtype, [&](auto t) { return workspace_rms_norm_gated_bwd<decltype(t)>(p); });
 }
 
 CudaStatus rms_norm_gated_bwd_cuda(const RmsNormGatedParams& p, void* workspace,

@@ -2,8 +2,8 @@
 //
 // A CPU kernel file is compiled once per instruction set, with MAMBA_SSM_ISA naming the namespace
 // that holds everything it defines, so that no code for a wider set can be linked into a narrower
-// one. For the same reason these files use no templates of the standard library. The vectors are the
-// compiler's own (GCC, Clang); the arithmetic is plain operators.
+// one. For the same reason these files use no templates of the standard library. The vectors are
+// the compiler's own (GCC, Clang); the arithmetic is plain operators.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +83,7 @@ inline double from_accumulate<double>(double x) {
 template <>
 inline BFloat16 from_accumulate<BFloat16>(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
-  if (x != x) return {static_cast<uint16_t>((u >> 16) | 0x40)};  // stay NaN
+  if (x != x) return {static_cast<uint16_t>((u >> 16) | 0x40)};          // stay NaN
   return {static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};  // nearest, ties to even
 }
 template <>
@@ -174,8 +174,8 @@ inline VecF exp2_parts(VecF rounded, VecF f) {
   return (VecF)((VecI)p + n);
 }
 
-/// 2^x with relative error below 1e-7 for x in [-126, 128); 0 below -126 (as denormals are dropped),
-/// infinity from 128 up, NaN for NaN.
+/// 2^x with relative error below 1e-7 for x in [-126, 128); 0 below -126 (as denormals are
+/// dropped), infinity from 128 up, NaN for NaN.
 inline VecF exp2(VecF x) {
   const VecF clamped_low = select(x < -127.0f, broadcast(-127.0f), x);
   const VecF clamped = select(clamped_low > 128.0f, broadcast(128.0f), clamped_low);

@@ -90,10 +90,8 @@ size_t ssd_chunk_scan_bwd_cpu_workspace(const SsdChunkScanParams& p);
 // CUDA: launch on `stream` of the current device. Workspaces hold states between chunks or
 // segments of a sequence, and partial sums of gradients, which are added up in a fixed order.
 size_t ssd_chunk_scan_fwd_cuda_workspace(const SsdChunkScanParams& p);
-CudaStatus ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, void* workspace,
-                                   CudaStream stream);
+CudaStatus ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, void* workspace, CudaStream stream);
 size_t ssd_chunk_scan_bwd_cuda_workspace(const SsdChunkScanParams& p);
-CudaStatus ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, void* workspace,
-                                   CudaStream stream);
+CudaStatus ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, void* workspace, CudaStream stream);
 
 }  // namespace mamba_ssm::kernels

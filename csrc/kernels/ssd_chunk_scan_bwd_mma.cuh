@@ -14,10 +14,9 @@
 //                      dCB = sum over heads of G o L o d          (columns j by d_j)
 //                      dC  = sum over heads of entering dy S  + dCB B
 //                      dB  = sum over heads of leaving d x dS + dCB^T C
-//                    With W = G o L o d o (C B^T) off the diagonal, where tokens decay, the decays get:
-//                    later_i = row sums - column sums
-//                    of W + entering <dy_i S, C_i>; earlier_j = leaving d <x_j dS, B_j>; passing =
-//                    passing <S, dS>.
+//                    With W = G o L o d o (C B^T) off the diagonal, where tokens decay, the decays
+//                    get: later_i = row sums - column sums of W + entering <dy_i S, C_i>; earlier_j
+//                    = leaving d <x_j dS, B_j>; passing = passing <S, dS>.
 #pragma once
 
 #include <algorithm>

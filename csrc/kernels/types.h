@@ -10,10 +10,10 @@ enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kIn
 
 /// A tensor as a kernel sees it: an address, an element type, one stride per dimension.
 ///
-/// `data == nullptr` marks an absent optional argument. Strides count elements of `dtype` and may be
-/// anything: 0 (expanded), larger than dense (sliced), in any order (transposed). No alignment is
-/// promised beyond that of one element. A complex tensor is seen as real numbers: strides count real
-/// elements, and the imaginary part stands `imag` elements behind the real one.
+/// `data == nullptr` marks an absent optional argument. Strides count elements of `dtype` and may
+/// be anything: 0 (expanded), larger than dense (sliced), in any order (transposed). No alignment
+/// is promised beyond that of one element. A complex tensor is seen as real numbers: strides count
+/// real elements, and the imaginary part stands `imag` elements behind the real one.
 template <int kRank>
 struct View {
   void* data = nullptr;

@@ -81,20 +81,27 @@ def test_schema(schema):
         assert needed <= {a.name for a in schema.arguments}
 
 
+def files_to_add():
+    """Of CONTRIBUTING's table, with X for the name of an op."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Add an op")[2]
+    rows = re.findall(r"^\| (`.*`) \|", text, re.MULTILINE)
+    return [path for row in rows for path in re.findall(r"`([^`]+)`", row)]
+
+
+def test_table_of_files():
+    assert {"csrc/kernels/X.h", "csrc/autograd/X.cpp", "README.md"} <= set(files_to_add())
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_files(op):
-    name = stem(op)
-    expected = [f"csrc/autograd/{name}.cpp"]
-    if op not in COMPOSITES:
-        expected += [
-            f"csrc/kernels/{name}.h",
-            f"csrc/kernels/{name}_cpu.cpp",
-            f"csrc/ops/{name}.cpp",
-        ]
-    missing = [path for path in expected if not (ROOT / path).exists()]
+    of_kernels = ("csrc/kernels/X", "csrc/ops/X", "tests/cpp/kernels/X", "tests/cpp/kernels/test_X")
+    missing = [
+        path
+        for path in files_to_add()
+        if not (op in COMPOSITES and path.startswith(of_kernels))
+        and not list(ROOT.glob(path.replace("X", stem(op))))
+    ]
     assert not missing
-    if op not in COMPOSITES:
-        assert list((ROOT / "csrc/kernels").glob(f"{name}*.cu"))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -262,7 +262,8 @@ inline std::vector<const CpuKernels*> tables() {
   return {first, first + count};
 }
 
-/// Calls `run(begin, end)` for all items at once, or for each alone, last first, on several threads.
+/// Calls `run(begin, end)` for all items at once, or for each alone, last first, on several
+/// threads.
 template <class F>
 void run_items(int64_t items, bool one_by_one, F run) {
   constexpr int64_t kThreads = 4;
