@@ -29,6 +29,8 @@ constexpr int kLanes = MAMBA_SSM_VECTOR_BYTES / 4;  // float32 lanes of one vect
 
 using VecF = float __attribute__((vector_size(MAMBA_SSM_VECTOR_BYTES)));
 using VecI = int32_t __attribute__((vector_size(MAMBA_SSM_VECTOR_BYTES)));
+// For sums that may wrap.
+using VecU = uint32_t __attribute__((vector_size(MAMBA_SSM_VECTOR_BYTES)));
 
 // Element types of activations. 16-bit ones are storage only: arithmetic is float32.
 struct Half {
@@ -170,8 +172,8 @@ inline VecF exp2_parts(VecF rounded, VecF f) {
   p = p * f + 2.4022648e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  const VecI n = (VecI)rounded << 23;  // exponent field; the bits of kRounder are shifted out
-  return (VecF)((VecI)p + n);
+  const VecU n = (VecU)rounded << 23;  // exponent field; the bits of kRounder are shifted out
+  return (VecF)((VecU)p + n);
 }
 
 /// 2^x with relative error below 1e-7 for x in [-126, 128); 0 below -126 (as denormals are
@@ -210,13 +212,13 @@ inline VecF exp2_bounded(VecF x) {
   // The form with a mask, since GCC warns of its own header in the one without.
   const VecI looked_up =
       (VecI)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)rounded, (__m512i)table);
-  const VecF scale = (VecF)(looked_up + ((VecI)rounded << 19));
+  const VecF scale = (VecF)((VecU)looked_up + ((VecU)rounded << 19));
   const VecF p = (5.5505085e-2f * f + 2.4023430e-1f) * f + 6.9314718e-1f;
 #else
   const VecI table = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                       0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
   const VecI looked_up = (VecI)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)rounded);
-  const VecF scale = (VecF)(looked_up + ((VecI)rounded << 20));
+  const VecF scale = (VecF)((VecU)looked_up + ((VecU)rounded << 20));
   const VecF p = ((9.6187308e-3f * f + 5.5509317e-2f) * f + 2.4022651e-1f) * f + 6.9314718e-1f;
 #endif
   return scale * f * p + scale;
@@ -254,7 +256,6 @@ inline VecF softplus(VecF x) {
 }
 
 // kLanes elements of any activation type of 32 bits or less, widened to float32 and rounded back.
-using VecU = uint32_t __attribute__((vector_size(MAMBA_SSM_VECTOR_BYTES)));
 using VecU16 = uint16_t __attribute__((vector_size(MAMBA_SSM_VECTOR_BYTES / 2)));
 
 inline VecU load_bits(const void* p) {
