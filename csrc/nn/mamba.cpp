@@ -97,7 +97,7 @@ void MambaImpl::pretty_print(std::ostream& stream) const {
          << ", dt_rank=" << dt_rank() << ")";
 }
 
-Tensor MambaImpl::A() const { return -at::exp(to_accumulate_type(A_log)); }
+Tensor MambaImpl::A() const { return A_of(A_log); }
 
 void MambaImpl::check_hidden_states(const Tensor& hidden_states) const {
   TORCH_CHECK(hidden_states.dim() == 3 && hidden_states.size(2) == options.d_model(),

@@ -126,7 +126,7 @@ void Mamba2Impl::pretty_print(std::ostream& stream) const {
          << ", headdim=" << options.headdim() << ", ngroups=" << options.ngroups() << ")";
 }
 
-Tensor Mamba2Impl::A() const { return -at::exp(to_accumulate_type(A_log)); }
+Tensor Mamba2Impl::A() const { return A_of(A_log); }
 
 Tensor Mamba2Impl::D_by_head() const {
   return options.D_has_hdim() ? D.view({nheads(), options.headdim()}) : D;

@@ -25,12 +25,15 @@ inline at::Tensor to_accumulate_type(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);
 }
 
+/// A, from the logarithm of -A that the modules learn.
+inline at::Tensor A_of(const at::Tensor& A_log) { return -at::exp(to_accumulate_type(A_log)); }
+
 /// A of selective_state_update, and whether it is given as log(-A): on a GPU, where a step is as
 /// long as its launches are many, but not on a CPU, where the exponentials would be taken for every
 /// row.
 inline std::pair<at::Tensor, bool> A_of_step(const at::Tensor& A_log) {
   if (A_log.is_cuda()) return {A_log, true};
-  return {-at::exp(to_accumulate_type(A_log)), false};
+  return {A_of(A_log), false};
 }
 
 /// The contents of a cache as an input of an op. Autograd may keep that input while the cache is

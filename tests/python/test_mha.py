@@ -317,7 +317,7 @@ def test_cache_grows_for_a_longer_sequence_only():
 
 def test_graph_replays_at_any_position(device):
     if device != "cuda":
-        pytest.skip("a CUDA graph")
+        pytest.skip("CUDA graphs need a GPU")
     mha, x = make(device, **OPTIONS["all"]), tokens(device)
     params = InferenceParams(max_seqlen=7, max_batch_size=2)
     params.lengths_per_sample = torch.full((2,), 6, dtype=torch.int32, device=device)

@@ -58,13 +58,18 @@ def states_from_cache(module, inference_params, batch_size, initialize_states=Fa
     return states
 
 
+def A_of(A_log):
+    """A, from the logarithm of -A that the modules learn."""
+    return -torch.exp(upcast(A_log))
+
+
 def A_of_step(A_log):
     """A of selective_state_update, and whether it is given as log(-A).
 
     It is on a GPU, where a step is as long as its launches are many, but not on a CPU, where the
     exponentials would be taken for every row.
     """
-    return (A_log, True) if A_log.is_cuda else (-torch.exp(upcast(A_log)), False)
+    return (A_log, True) if A_log.is_cuda else (A_of(A_log), False)
 
 
 def step_conv1d(conv1d, act, x, conv_state):

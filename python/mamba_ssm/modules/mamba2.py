@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from mamba_ssm.modules._hub import HubMixin
 from mamba_ssm.modules._parts import (
+    A_of,
     A_of_step,
     cache_options,
     is_plain,
@@ -318,9 +319,6 @@ class Mamba2(nn.Module, HubMixin):
             parallel, process_group=self.process_group, sequence_parallel=self.sequence_parallel
         )
 
-    def _A(self):
-        return -torch.exp(upcast(self.A_log))
-
     def _D(self):
         """(nheads) or (nheads, headdim)."""
         return self.D.unflatten(0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D
@@ -363,7 +361,7 @@ class Mamba2(nn.Module, HubMixin):
                 zxbcdt,
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
-                self._A(),
+                A_of(self.A_log),
                 self.headdim,
                 self.ngroups,
                 self._D(),
@@ -409,7 +407,7 @@ class Mamba2(nn.Module, HubMixin):
                 columns = torch.cat([past, inputs[..., -self.d_conv :].detach()], dim=-1)
             else:  # of the last sequence
                 columns = F.pad(final_states.detach(), (1, 0))
-        initial_states = read_cache(ssm_state, self._A().dtype) if continues else None
+        initial_states = read_cache(ssm_state, A_of(self.A_log).dtype) if continues else None
         y, final_states = self._scan(z, xBC, dt, initial_states, seq_idx, cu_seqlens)
         conv_state.copy_(columns[..., -self.d_conv :])
         ssm_state.copy_(final_states.detach())
@@ -438,7 +436,7 @@ class Mamba2(nn.Module, HubMixin):
         y, final_states = ops.ssd_chunk_scan(
             x,
             dt,
-            self._A(),
+            A_of(self.A_log),
             B,
             C,
             self._D(),

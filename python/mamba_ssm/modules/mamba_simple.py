@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba_ssm.modules._parts import (
+    A_of,
     A_of_step,
     cache_options,
     is_plain,
@@ -166,7 +167,7 @@ class Mamba(nn.Module):
             self.dt_proj.weight,
             self.out_proj.weight,
             self.out_proj.bias,
-            self._A(),
+            A_of(self.A_log),
             D=upcast(self.D),
             delta_bias=upcast(self.dt_proj.bias),
             delta_softplus=True,
@@ -222,9 +223,6 @@ class Mamba(nn.Module):
     def _get_states_from_cache(self, inference_params, batch_size, initialize_states=False):
         return states_from_cache(self, inference_params, batch_size, initialize_states)
 
-    def _A(self):
-        return -torch.exp(upcast(self.A_log))
-
     def _split(self, projected, dim):
         """Output of x_proj, with dt_rank + 2 * d_state features in dimension dim, as dt, B, C."""
         return projected.split([self.dt_rank, self.d_state, self.d_state], dim=dim)
@@ -275,7 +273,7 @@ class Mamba(nn.Module):
             delta_bias = upcast(self.dt_proj.bias)
         else:
             delta, delta_bias = self.dt_proj(dt.transpose(1, 2)).transpose(1, 2), None
-        A = self._A()
+        A = A_of(self.A_log)
         y, last_state = ops.selective_scan(
             x,
             delta.to(x.dtype),
