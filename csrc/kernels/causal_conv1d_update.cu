@@ -72,6 +72,8 @@ __global__ void __launch_bounds__(kThreads) update_one_token(const CausalConv1dU
   constexpr int kVec = kChannels<T>;
   const unsigned c = (blockIdx.y * kThreads + threadIdx.x) * kVec;
   const unsigned first_row = blockIdx.x * kRows;
+  let_next_start();
+  wait_for_previous();
   if (c >= p.dim) return;
 
   T* const states = static_cast<T*>(p.conv_state.data) + c * p.conv_state.stride[1];
@@ -225,13 +227,13 @@ CudaStatus launch_causal_conv1d_update(const CausalConv1dUpdateParams& p,
                     static_cast<unsigned>(ceil_div(p.dim / kChannels<T>, kThreads)));
     if (is_one_token<T>(p, /*channel_last=*/false)) {
       for_width(p.width, [&](auto width) {
-        update_one_token<T, width, false><<<grid, kThreads, 0, stream>>>(p);
+        launch_overlapped<update_one_token<T, width, false>>(grid, kThreads, 0, stream, p);
       });
       return cudaGetLastError();
     }
     if (is_one_token<T>(p, /*channel_last=*/true)) {
       for_width(p.width, [&](auto width) {
-        update_one_token<T, width, true><<<grid, kThreads, 0, stream>>>(p);
+        launch_overlapped<update_one_token<T, width, true>>(grid, kThreads, 0, stream, p);
       });
       return cudaGetLastError();
     }

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -330,6 +331,14 @@ struct ParameterBits {
     }
   }
 
+  /// The same for elements of 16 bits side by side, aligned to all of them.
+  __device__ __forceinline__ void load_halves(const void* p) {
+    Pack<Half, kSize> pack;
+    pack.load(static_cast<const Half*>(p));
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) word[i] = pack.word[i / 2] >> (i % 2 * 16) & 0xffff;
+  }
+
   __device__ __forceinline__ Acc value(DType dtype, int i) const {
     if constexpr (std::is_same_v<Acc, double>) {
       if (dtype == DType::kFloat64) return __longlong_as_double(word[i]);
@@ -363,17 +372,88 @@ inline int multiprocessor_count() {
   return std::max(static_cast<int>(device_attribute(cudaDevAttrMultiProcessorCount)), 1);
 }
 
-/// Launches `kernel` with `bytes` of dynamic shared memory, asking for what a launch does not get
-/// by itself.
-template <class... Parameters, class... Arguments>
-void launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
-                   cudaStream_t stream, const Arguments&... arguments) {
+/// Asks for `bytes` of dynamic shared memory, where a launch of `kernel` does not get them by
+/// itself.
+template <class... Parameters>
+void ask_for_shared(void (*kernel)(Parameters...), size_t bytes) {
   constexpr size_t kUnasked = 40 * 1024;  // 48 KiB, less the arrays of fixed size of a kernel
   if (bytes > kUnasked) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(bytes));
   }
+}
+
+/// Launches `kernel` with `bytes` of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+void launch_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  ask_for_shared(kernel, bytes);
   kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
+}
+
+// Overlapped launches: programmatic dependent launch of compute capability 9.0. The kernels of a
+// decode step take a microsecond or two each, of which a good part is their start. An overlapped
+// kernel starts while the one before it in the stream still runs: it computes its indices, brings
+// what does not depend on that one nearer, and waits.
+//
+// A kernel that is launched so calls wait_for_previous in every thread before it reads or writes
+// global memory: what was written before the kernel is there then, and what was read before it may
+// be overwritten, also by kernels further back, since those between have waited as well.
+
+/// From here on the next kernel in the stream may start, if it is an overlapped one.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Waits until all work before this kernel is done and visible.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Brings the line at `p` into the L2 cache, where whoever writes it finds it too: allowed before
+/// wait_for_previous.
+__device__ __forceinline__ void prefetch_to_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/// True if the code that the current device runs for kKernel has the instruction to wait.
+template <auto kKernel>
+bool can_overlap() {
+  constexpr int kMostDevices = 64;
+  enum : int8_t { kUnknown, kNo, kYes };
+  static std::atomic<int8_t> known[kMostDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return false;
+  int8_t answer = known[device].load(std::memory_order_relaxed);
+  if (answer == kUnknown) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) return false;
+    answer = attributes.ptxVersion >= 90 ? kYes : kNo;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == kYes;
+}
+
+/// Launches kKernel, which waits for what is before it, so that its start overlaps with that.
+template <auto kKernel, class... Arguments>
+void launch_overlapped(dim3 grid, int threads, size_t bytes, cudaStream_t stream,
+                       const Arguments&... arguments) {
+  ask_for_shared(kKernel, bytes);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
+  cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
 }  // namespace mamba_ssm::kernels

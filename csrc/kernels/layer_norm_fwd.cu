@@ -1,5 +1,6 @@
 // Fused residual addition and normalization, forward. How rows are divided: row_norm.cuh. Vectors
-// serve what models run, x + residual with one head; the other options go by elements.
+// serve what models run, x + residual with one head; the other options go by elements. A team that
+// has one row alone keeps all of it in registers.
 #include "launch.cuh"
 #include "layer_norm.cuh"
 
@@ -114,6 +115,118 @@ __global__ void __launch_bounds__(kMostTeam)
   }
 }
 
+/// Vectors of a row in registers, as they stand in memory: of T or, wider, of float.
+template <class T, int kVectors>
+class RowBits {
+ public:
+  using Stream = RowStream<T>;
+
+  __device__ __forceinline__ void load(const Stream& stream, int j, int64_t offset) {
+    if (stream.wide()) {
+      const uint4* const from =
+          reinterpret_cast<const uint4*>(static_cast<const float*>(stream.view.data) + offset);
+      bits_[j][0] = from[0];
+      bits_[j][kSlots - 1] = from[1];
+    } else {
+      bits_[j][0] =
+          *reinterpret_cast<const uint4*>(static_cast<const T*>(stream.view.data) + offset);
+    }
+  }
+  __device__ __forceinline__ void add_to(float (&sum)[Stream::kVec], const Stream& stream,
+                                         int j) const {
+    if (stream.wide()) {
+#pragma unroll
+      for (int e = 0; e < Stream::kVec; ++e) {
+        sum[e] += reinterpret_cast<const Pack<float, 4>&>(bits_[j][e / 4 % kSlots])[e % 4];
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < Stream::kVec; ++e) {
+        sum[e] += reinterpret_cast<const Pack<T, Stream::kVec>&>(bits_[j][0])[e];
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSlots = sizeof(T) == 2 ? 2 : 1;
+  uint4 bits_[kVectors][kSlots];
+};
+
+/// forward_vectors for as many teams as rows.
+template <class T, int kVectors>
+__global__ void __launch_bounds__(kMostTeam)
+    forward_one_row(const LayerNormParams p, const RowTeams teams) {
+  using Stream = RowStream<T>;
+  constexpr int kVec = Stream::kVec;
+  __shared__ TeamSum<float>::Buffers buffers;
+  const Team team(teams);
+  TeamSum<float> sum(team, buffers);
+  const Stream x{p.x}, residual{p.residual}, out{p.out}, residual_out{p.residual_out};
+  const RowIndex at(p.axes, team.strip);
+  const int64_t from_x = at(p.x), from_residual = at(p.residual);
+  const auto channel = [&](int j) { return (j * team.threads + team.thread) * kVec; };
+  const int width = static_cast<int>(p.channels);
+  const auto there = [&](int j) { return channel(j) < width; };
+  let_next_start();
+  wait_for_previous();
+  if (!team.works) return;
+
+  RowBits<T, kVectors> x_bits, residual_bits;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (!there(j)) continue;
+    x_bits.load(x, j, from_x + channel(j));
+    if (given(p.residual)) residual_bits.load(residual, j, from_residual + channel(j));
+  }
+  ParameterBits<float, kVec> weight[kVectors];
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (there(j)) weight[j] = parameter_bits<kVec>(p.weight, channel(j));
+  }
+  float s[kVectors][kVec] = {};
+  float mean[1] = {0};
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (!there(j)) continue;
+    x_bits.add_to(s[j], x, j);
+    if (given(p.residual)) residual_bits.add_to(s[j], residual, j);
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) mean[0] += s[j][e];
+  }
+  if (p.is_rms_norm) {
+    mean[0] = 0;
+  } else {
+    sum(mean);
+    mean[0] /= static_cast<float>(p.channels);
+  }
+  float square[1] = {0};
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (!there(j)) continue;
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      const float d = s[j][e] - mean[0];
+      square[0] += d * d;
+    }
+  }
+  sum(square);
+  const float rstd = reciprocal_root(square[0], p.channels, p.eps);
+  const int64_t to = at(p.out), to_residual = at(p.residual_out);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (!there(j)) continue;
+    if (given(p.residual_out)) residual_out.write(to_residual + channel(j), s[j]);
+    ParameterBits<float, kVec> bias{};
+    if (given(p.bias)) bias = parameter_bits<kVec>(p.bias, channel(j));
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      s[j][e] = (s[j][e] - mean[0]) * (rstd * weight[j].value(p.weight.dtype, e)) +
+                bias.value(p.bias.dtype, e);
+    }
+    out.write(to + channel(j), s[j]);
+  }
+}
+
 template <class T>
 __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) {
   using Acc = Accumulate<T>;
@@ -176,7 +289,10 @@ RowPlan plan(const LayerNormParams& p) {
   constexpr int kParameter = Vector<T>::kSize / 4;
   const int slots =
       kStages * (1 + RowStream<T>::slots(p.residual)) + kParameter * (given(p.bias) ? 2 : 1);
-  return plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kForwardLimits);
+  RowPlan plan = plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kForwardLimits);
+  // Large teams gain more from blocks that come and go than from rows that they fetch ahead.
+  if (plan.vectors > 0 && plan.teams.threads >= kManyThreads) plan.teams.strips = p.rows;
+  return plan;
 }
 
 }  // namespace
@@ -185,12 +301,16 @@ template <class T>
 CudaStatus launch_layer_norm_fwd(const LayerNormParams& p, CudaStream stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.rows == 0 || p.channels == 0) return cudaSuccess;
-  RowPlan rows = plan<T>(p);
-  // Large teams gain more from blocks that come and go than from rows that they fetch ahead.
-  if (rows.vectors > 0 && rows.teams.threads >= kManyThreads) rows.teams.strips = p.rows;
+  const RowPlan rows = plan<T>(p);
   if constexpr (sizeof(T) <= 4) {
     for_vectors<T>(rows.vectors, [&](auto vectors) {
-      launch_rows(forward_vectors<T, vectors>, rows, stream, p, rows.teams);
+      if (rows.teams.strips == p.rows) {
+        launch_overlapped<forward_one_row<T, vectors>>(
+            dim3(static_cast<unsigned>(rows.teams.blocks())), rows.teams.block, 0, stream, p,
+            rows.teams);
+      } else {
+        launch_rows(forward_vectors<T, vectors>, rows, stream, p, rows.teams);
+      }
     });
   }
   if (rows.vectors == 0) launch_rows(forward_elements<T>, rows, stream, p, rows.teams);

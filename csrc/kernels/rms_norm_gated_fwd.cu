@@ -1,5 +1,6 @@
 // Gated normalization, forward. How rows are divided: row_norm.cuh. A row has so few operands that
-// the vectors of the next one wait in registers.
+// the vectors of the next one wait in registers; a team that has one row alone keeps its weights
+// there instead of in shared memory.
 #include "launch.cuh"
 #include "row_norm.cuh"
 
@@ -8,21 +9,28 @@ namespace {
 
 constexpr RowLimits kLimits = {2048, kMostTeam};
 
+/// True if registers hold a second row, or the weights.
 template <class T, int kVectors>
+constexpr bool kInRegisters = kVectors* Vector<T>::kSize <= 16;
+
+/// kOneRow: as many teams as rows.
+template <class T, int kVectors, bool kOneRow>
 __global__ void __launch_bounds__(kMostTeam)
     forward_vectors(const RmsNormGatedParams p, const RowTeams teams) {
   using Stream = RowStream<T>;
   using Parameter = SharedParameter<Stream::kVec>;
   constexpr int kVec = Stream::kVec;
   constexpr int kBias = kVectors * Parameter::kSlots;  // slots before it: the weight's
-  constexpr bool kAhead = kVectors * kVec <= 16;       // else registers hold one row only
+  constexpr bool kAhead = !kOneRow && kInRegisters<T, kVectors>;
   extern __shared__ uint4 shared[];
   __shared__ TeamSum<float>::Buffers buffers;
   const Team team(teams);
-  if (!team.works) return;
   TeamSum<float> sum(team, buffers);
   const Slots slots(shared);
   const Stream out{p.out};
+  let_next_start();
+  wait_for_previous();
+  if (!team.works) return;
   const bool gate_first = given(p.z) && !p.norm_before_gate;
   const bool gate_last = given(p.z) && p.norm_before_gate;
   const int64_t first = team.group * p.group_size;
@@ -43,18 +51,24 @@ __global__ void __launch_bounds__(kMostTeam)
       if (given(p.z)) next_z[j].load(z + channel(j));
     }
   };
-  if constexpr (kAhead) fetch(team.strip);
+  fetch(team.strip);
+  ParameterBits<float, kVec> weight[kOneRow ? kVectors : 1], bias[kOneRow ? kVectors : 1] = {};
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
-    Parameter::keep(slots, j * Parameter::kSlots, p.weight, first + channel(j));
-    if (given(p.bias)) {
-      Parameter::keep(slots, kBias + j * Parameter::kSlots, p.bias, first + channel(j));
+    if constexpr (kOneRow) {
+      weight[j] = parameter_bits<kVec>(p.weight, first + channel(j));
+      if (given(p.bias)) bias[j] = parameter_bits<kVec>(p.bias, first + channel(j));
+    } else {
+      Parameter::keep(slots, j * Parameter::kSlots, p.weight, first + channel(j));
+      if (given(p.bias)) {
+        Parameter::keep(slots, kBias + j * Parameter::kSlots, p.bias, first + channel(j));
+      }
     }
   }
 
   for (int64_t row = team.strip; row < p.rows; row += team.strips) {
-    if constexpr (!kAhead) fetch(row);
+    if (!kAhead && row != team.strip) fetch(row);
     Pack<T, kVec> x[kVectors], z[kVectors];
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) x[j] = next_x[j], z[j] = next_z[j];
@@ -95,14 +109,22 @@ __global__ void __launch_bounds__(kMostTeam)
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (!there(j)) continue;
+      if constexpr (kOneRow) {
 #pragma unroll
-      for (int q = 0; q < Parameter::kSlots; ++q) {
-        const auto w = Parameter::read(slots, j * Parameter::kSlots + q);
-        Pack<float, 4> b{};
-        if (given(p.bias)) b = Parameter::read(slots, kBias + j * Parameter::kSlots + q);
+        for (int e = 0; e < kVec; ++e) {
+          s[j][e] = s[j][e] * (rstd * weight[j].value(p.weight.dtype, e)) +
+                    bias[j].value(p.bias.dtype, e);
+        }
+      } else {
 #pragma unroll
-        for (int e = 4 * q; e < 4 * q + 4; ++e) {
-          s[j][e] = s[j][e] * (rstd * w[e - 4 * q]) + b[e - 4 * q];
+        for (int q = 0; q < Parameter::kSlots; ++q) {
+          const auto w = Parameter::read(slots, j * Parameter::kSlots + q);
+          Pack<float, 4> b{};
+          if (given(p.bias)) b = Parameter::read(slots, kBias + j * Parameter::kSlots + q);
+#pragma unroll
+          for (int e = 4 * q; e < 4 * q + 4; ++e) {
+            s[j][e] = s[j][e] * (rstd * w[e - 4 * q]) + b[e - 4 * q];
+          }
         }
       }
       if (gate_last) {
@@ -171,7 +193,16 @@ CudaStatus launch_rms_norm_gated_fwd(const RmsNormGatedParams& p, CudaStream str
   const RowPlan rows = plan<T>(p);
   if constexpr (sizeof(T) <= 4) {
     for_vectors<T>(rows.vectors, [&](auto vectors) {
-      launch_rows(forward_vectors<T, vectors>, rows, stream, p, rows.teams);
+      const auto blocks = dim3(static_cast<unsigned>(rows.teams.blocks()));
+      if constexpr (kInRegisters<T, vectors>) {
+        if (rows.teams.strips == p.rows) {
+          launch_overlapped<forward_vectors<T, vectors, true>>(blocks, rows.teams.block, 0, stream,
+                                                               p, rows.teams);
+          return;
+        }
+      }
+      launch_overlapped<forward_vectors<T, vectors, false>>(blocks, rows.teams.block, rows.shared,
+                                                            stream, p, rows.teams);
     });
   }
   if (rows.vectors == 0) launch_rows(forward_elements<T>, rows, stream, p, rows.teams);

@@ -218,6 +218,21 @@ struct RowStream {
   }
 };
 
+/// kVec elements of a parameter from a multiple of kVec on.
+template <int kVec>
+__device__ __forceinline__ ParameterBits<float, kVec> parameter_bits(const View<1>& v,
+                                                                     int64_t channel) {
+  ParameterBits<float, kVec> bits;
+  if (v.stride[0] != 1 || reinterpret_cast<uintptr_t>(v.data) % 16 != 0) {
+    bits.load(v.data, v.dtype, channel * v.stride[0], v.stride[0]);
+  } else if (v.dtype == DType::kFloat32) {
+    bits.load_floats(static_cast<const float*>(v.data) + channel);
+  } else {
+    bits.load_halves(static_cast<const Half*>(v.data) + channel);
+  }
+  return bits;
+}
+
 /// Elements of a parameter, or sums for its gradient, that belong to the vectors of a thread: kept
 /// as float in its slots.
 template <int kVec>
@@ -226,20 +241,7 @@ struct SharedParameter {
 
   __device__ __forceinline__ static void keep(const Slots& slots, int slot, const View<1>& v,
                                               int64_t channel) {
-    if (v.stride[0] == 1 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0) {
-      switch (v.dtype) {
-        case DType::kFloat32:
-          return keep_dense(slots, slot, static_cast<const float*>(v.data) + channel);
-        case DType::kFloat16:
-          return keep_dense(slots, slot, static_cast<const Half*>(v.data) + channel);
-        case DType::kBFloat16:
-          return keep_dense(slots, slot, static_cast<const BFloat16*>(v.data) + channel);
-        default:
-          break;
-      }
-    }
-    ParameterBits<float, kVec> bits;
-    bits.load(v.data, v.dtype, channel * v.stride[0], v.stride[0]);
+    const auto bits = parameter_bits<kVec>(v, channel);
 #pragma unroll
     for (int e = 0; e < kVec; e += 4) {
       slots[slot + e / 4] = make_uint4(
@@ -254,21 +256,6 @@ struct SharedParameter {
   __device__ __forceinline__ static void add(const Slots& slots, int slot, const float (&v)[4]) {
     float4& sums = reinterpret_cast<float4&>(slots[slot]);
     sums = make_float4(sums.x + v[0], sums.y + v[1], sums.z + v[2], sums.w + v[3]);
-  }
-  template <class W>
-  __device__ __forceinline__ static void keep_dense(const Slots& slots, int slot, const W* from) {
-    constexpr int kPack = 16 / sizeof(W) < kVec ? 16 / sizeof(W) : kVec;
-    Pack<W, kPack> packs[kVec / kPack];
-#pragma unroll
-    for (int i = 0; i < kVec / kPack; ++i) packs[i].load(from + i * kPack);
-#pragma unroll
-    for (int e = 0; e < kVec; e += 4) {
-      const Pack<W, kPack>& pack = packs[e / kPack];
-      const int first = e % kPack;
-      slots[slot + e / 4] =
-          make_uint4(__float_as_uint(pack[first]), __float_as_uint(pack[first + 1]),
-                     __float_as_uint(pack[first + 2]), __float_as_uint(pack[first + 3]));
-    }
   }
   /// Four elements, as a slot holds them.
   __device__ __forceinline__ static const Pack<float, 4> read(const Slots& slots, int slot) {
@@ -331,7 +318,9 @@ RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int
   RowPlan best{};
   if (vectors && width % kVec == 0) {
     double best_use = 0;
-    for (const int elements : {16, 8, 32}) {  // of a thread, the best first
+    // Of a thread, the best first: where a block's latency counts, more threads.
+    const bool few = rows * groups <= multiprocessor_count();
+    for (const int elements : {few ? 8 : 16, few ? 16 : 8, 32}) {
       const int64_t per_thread = elements / kVec;
       int64_t threads = ceil_div(width / kVec, per_thread);
       if (threads <= kWarpSize) {

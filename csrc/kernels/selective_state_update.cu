@@ -172,6 +172,8 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
   const unsigned h = blockIdx.y;
   const unsigned d = kTied ? d0 + own : d0;
   const unsigned b = kTied ? b0 : b0 + own;
+  let_next_start();
+  wait_for_previous();
   if (d0 - first >= p.headdim) return;
   const auto state_index = [&](int v) { return (v * kLanes + lane) * kVec; };  // first of vector v
 
@@ -494,7 +496,8 @@ bool launch_arm(const SelectiveStateUpdateParams& p, cudaStream_t stream) {
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(p.headdim, kChannels)),
                   static_cast<unsigned>(p.nheads), static_cast<unsigned>(batch_blocks));
-  update_vectors<T, S, kLanes, kVectors, kItems, kTied, kTokens><<<grid, kThreads, 0, stream>>>(v);
+  launch_overlapped<update_vectors<T, S, kLanes, kVectors, kItems, kTied, kTokens>>(grid, kThreads,
+                                                                                    0, stream, v);
   return true;
 }
 
