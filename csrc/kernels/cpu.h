@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "causal_conv1d.h"
+#include "decode_linear.h"
 #include "layer_norm.h"
 #include "rms_norm_gated.h"
 #include "selective_scan.h"
@@ -24,6 +25,7 @@ struct CpuKernels {
                                int64_t end) noexcept;
   void (*causal_conv1d_varlen_states)(const CausalConv1dVarlenStatesParams&, int64_t begin,
                                       int64_t end) noexcept;
+  void (*decode_linear)(const DecodeLinearParams&, int64_t begin, int64_t end) noexcept;
   void (*selective_scan_fwd)(const SelectiveScanParams&, int64_t begin, int64_t end) noexcept;
   void (*selective_scan_bwd)(const SelectiveScanParams&, void* workspace, int64_t begin,
                              int64_t end) noexcept;

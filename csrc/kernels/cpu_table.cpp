@@ -12,6 +12,7 @@ void causal_conv1d_update_cpu(const CausalConv1dUpdateParams& p, int64_t begin,
                               int64_t end) noexcept;
 void causal_conv1d_varlen_states_cpu(const CausalConv1dVarlenStatesParams& p, int64_t begin,
                                      int64_t end) noexcept;
+void decode_linear_cpu(const DecodeLinearParams& p, int64_t begin, int64_t end) noexcept;
 void selective_scan_fwd_cpu(const SelectiveScanParams& p, int64_t begin, int64_t end) noexcept;
 void selective_scan_bwd_cpu(const SelectiveScanParams& p, void* workspace, int64_t begin,
                             int64_t end) noexcept;
@@ -42,6 +43,7 @@ const CpuKernels kKernels = {
     causal_conv1d_bwd_cpu,
     causal_conv1d_update_cpu,
     causal_conv1d_varlen_states_cpu,
+    decode_linear_cpu,
     selective_scan_fwd_cpu,
     selective_scan_bwd_cpu,
     selective_scan_bwd_reduce_cpu,

@@ -48,6 +48,10 @@ CudaStatus causal_conv1d_varlen_states_cuda(const CausalConv1dVarlenStatesParams
       p.dtype, [&](auto t) { return launch_causal_conv1d_varlen_states<decltype(t)>(p, stream); });
 }
 
+CudaStatus decode_linear_cuda(const DecodeLinearParams& p, CudaStream stream) {
+  return for_element(p.dtype, [&](auto t) { return launch_decode_linear<decltype(t)>(p, stream); });
+}
+
 size_t selective_scan_fwd_cuda_workspace(const SelectiveScanParams& p) {
   return for_element(p.dtype, [&](auto t) { return workspace_selective_scan_fwd<decltype(t)>(p); });
 }

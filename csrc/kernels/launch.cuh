@@ -5,6 +5,7 @@
 #pragma once
 
 #include "causal_conv1d.h"
+#include "decode_linear.h"
 #include "device.cuh"
 #include "layer_norm.h"
 #include "rms_norm_gated.h"
@@ -52,6 +53,9 @@ CudaStatus launch_ssd_chunk_scan_bwd(const SsdChunkScanParams& p, void* workspac
 
 template <class T>
 CudaStatus launch_selective_state_update(const SelectiveStateUpdateParams& p, CudaStream stream);
+
+template <class T>
+CudaStatus launch_decode_linear(const DecodeLinearParams& p, CudaStream stream);
 
 template <class T>
 CudaStatus launch_rms_norm_gated_fwd(const RmsNormGatedParams& p, CudaStream stream);

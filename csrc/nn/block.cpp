@@ -49,6 +49,18 @@ void BlockImpl::reset() {
 
 Tensor BlockImpl::forward(const Tensor& hidden_states, Tensor& residual, MambaState* state,
                           const std::optional<Tensor>& seq_idx) {
+  // A step starts with one product, which takes the norm along.
+  if (state != nullptr && hidden_states.size(1) == 1 && !seq_idx && norm->rms_norm) {
+    const auto step = [&](auto& module) {
+      const auto& in_proj = module->in_proj;
+      const auto [projected, sum] = step_linear_prenorm(
+          hidden_states, in_proj->weight, if_defined(in_proj->bias), if_defined(residual),
+          norm->weight, norm->epsilon, options.residual_in_fp32());
+      residual = sum;
+      return module->step_projected(projected.squeeze(1), state->conv_state, state->ssm_state);
+    };
+    return std::visit(step, mixer);
+  }
   const Tensor normed = norm->forward(hidden_states, residual, options.residual_in_fp32());
   return std::visit([&](auto& module) { return module->forward(normed, state, seq_idx); }, mixer);
 }

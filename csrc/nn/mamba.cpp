@@ -183,9 +183,12 @@ Tensor MambaImpl::step(const Tensor& hidden_states, const Tensor& conv_state,
   check_hidden_states(hidden_states);
   TORCH_CHECK(hidden_states.size(1) == 1, "Mamba: step takes one token per row, got ",
               hidden_states.size(1));
-  check_state(conv_state, ssm_state, hidden_states.size(0));
+  return step_projected(project_step(in_proj, hidden_states.squeeze(1)), conv_state, ssm_state);
+}
 
-  const Tensor xz = project(in_proj, hidden_states.squeeze(1));  // (batch, 2 * d_inner)
+Tensor MambaImpl::step_projected(const Tensor& xz, const Tensor& conv_state,
+                                 const Tensor& ssm_state) {
+  check_state(conv_state, ssm_state, xz.size(0));
   const Tensor inputs = xz.narrow(1, 0, d_inner());
   const Tensor z = xz.narrow(1, d_inner(), d_inner());
 
@@ -197,15 +200,15 @@ Tensor MambaImpl::step(const Tensor& hidden_states, const Tensor& conv_state,
                                         /*conv_state_indices=*/std::nullopt, /*silu=*/true);
   if (!past.is_alias_of(conv_state)) conv_state.detach().copy_(past);
 
-  const auto projected =
-      project(x_proj, x).split_with_sizes({dt_rank(), options.d_state(), options.d_state()}, -1);
-  const Tensor delta = at::linear(projected[0], dt_proj->weight);
+  const auto projected = project_step(x_proj, x).split_with_sizes(
+      {dt_rank(), options.d_state(), options.d_state()}, -1);
+  const Tensor delta = step_linear(projected[0], dt_proj->weight);
   const auto [A, A_is_log] = A_of_step(A_log);
   const Tensor y = selective_state_update(
       ssm_state.detach(), x, delta, A, projected[1], projected[2], D, z, dt_proj->bias,
       /*state_batch_indices=*/std::nullopt, /*dt_softplus=*/true,
       /*intermediate_states=*/std::nullopt, A_is_log);
-  return project(out_proj, y).unsqueeze(1);
+  return project_step(out_proj, y).unsqueeze(1);
 }
 
 MambaState MambaImpl::allocate_inference_cache(int64_t batch_size, int64_t /*max_seqlen*/,

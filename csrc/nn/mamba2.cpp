@@ -168,10 +168,10 @@ Mamba2Impl::Parts Mamba2Impl::split(const Tensor& zxbcdt) const {
   return {parts[0], parts[1], parts[2], parts[3], parts[4]};
 }
 
-Tensor Mamba2Impl::project_out(const Parts& parts, const Tensor& y) {
+Tensor Mamba2Impl::gate(const Parts& parts, const Tensor& y) {
   const Tensor normed = norm ? norm->forward(y, parts.z) : y;
-  if (d_ssm() == d_inner()) return project(out_proj, normed);
-  return project(out_proj, at::cat({at::silu(parts.z0) * parts.x0, normed}, -1));
+  if (d_ssm() == d_inner()) return normed;
+  return at::cat({at::silu(parts.z0) * parts.x0, normed}, -1);
 }
 
 Tensor Mamba2Impl::forward(const Tensor& u, MambaState* state, const std::optional<Tensor>& seq_idx,
@@ -236,7 +236,7 @@ Tensor Mamba2Impl::prefill(const Tensor& u, MambaState& state,
       /*initial_states=*/
       read_cache(state.ssm_state, A_log.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
       seq_idx, cu_seqlens, /*dt_softplus=*/true, options.dt_limit().first, dt_upper_limit());
-  const Tensor out = project_out(parts, y.flatten(2));
+  const Tensor out = project(out_proj, gate(parts, y.flatten(2)));
 
   const torch::NoGradGuard no_grad;
   state.conv_state.copy_(columns.narrow(2, columns.size(2) - width, width));
@@ -249,9 +249,13 @@ Tensor Mamba2Impl::step(const Tensor& hidden_states, const Tensor& conv_state,
   check_tokens("hidden_states", hidden_states);
   TORCH_CHECK(hidden_states.size(1) == 1, "Mamba2: step takes one token per row, got ",
               hidden_states.size(1));
-  check_state(conv_state, ssm_state, hidden_states.size(0));
+  return step_projected(project_step(in_proj, hidden_states.squeeze(1)), conv_state, ssm_state);
+}
 
-  const Parts parts = split(project(in_proj, hidden_states.squeeze(1)));
+Tensor Mamba2Impl::step_projected(const Tensor& zxbcdt, const Tensor& conv_state,
+                                  const Tensor& ssm_state) {
+  check_state(conv_state, ssm_state, zxbcdt.size(0));
+  const Parts parts = split(zxbcdt);
   // The op wants activations and their cache of one type; another type goes through a copy.
   // Detached, so that no autograd history settles in the caller's states.
   const Tensor past = conv_state.detach().to(parts.xBC.scalar_type());
@@ -286,7 +290,12 @@ Tensor Mamba2Impl::step(const Tensor& hidden_states, const Tensor& conv_state,
       limited ? std::nullopt : std::optional<Tensor>(per_channel(dt_bias)),
       /*state_batch_indices=*/std::nullopt, /*dt_softplus=*/!limited,
       /*intermediate_states=*/std::nullopt, A_is_log);
-  return project_out(parts, y.flatten(1)).unsqueeze(1);
+  if (norm && !norm->norm_before_gate && norm->group_size == d_inner()) {
+    return step_linear(y.flatten(1), out_proj->weight, if_defined(out_proj->bias), parts.z,
+                       norm->weight, RmsNormGatedImpl::kEpsilon)
+        .unsqueeze(1);
+  }
+  return project_step(out_proj, gate(parts, y.flatten(1))).unsqueeze(1);
 }
 
 MambaState Mamba2Impl::allocate_inference_cache(int64_t batch_size, int64_t /*max_seqlen*/,

@@ -444,7 +444,7 @@ Tensor MambaLMHeadModelImpl::forward(const Tensor& input_ids, std::vector<MambaS
   if (num_last_tokens > 0 && num_last_tokens < seqlen) {
     hidden = hidden.narrow(1, seqlen - num_last_tokens, num_last_tokens);
   }
-  return at::linear(hidden, lm_head ? lm_head->weight : backbone->embedding->weight);
+  return step_linear(hidden, lm_head ? lm_head->weight : backbone->embedding->weight);
 }
 
 std::vector<MambaState> MambaLMHeadModelImpl::allocate_inference_cache(

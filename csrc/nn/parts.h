@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
+#include <mamba_ssm/ops.h>
 #include <torch/nn/modules/linear.h>
 
 #include <optional>
@@ -18,6 +19,11 @@ inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
 /// layer(x) as Python computes it: torch's C++ layer rounds the product before it adds the bias.
 inline at::Tensor project(const torch::nn::Linear& layer, const at::Tensor& x) {
   return at::linear(x, layer->weight, if_defined(layer->bias));
+}
+
+/// project for the few tokens of a decode step.
+inline at::Tensor project_step(const torch::nn::Linear& layer, const at::Tensor& x) {
+  return step_linear(x, layer->weight, if_defined(layer->bias));
 }
 
 /// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.

@@ -94,6 +94,14 @@ STABLE_TORCH_LIBRARY(mamba_ssm, m) {
       "bool is_rms_norm=True, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias=None, "
       "Tensor(d!)? dz=None) -> ()");
 
+  m.def(
+      "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? z=None, "
+      "Tensor? norm_weight=None, float eps=1e-6) -> Tensor");
+  m.def(
+      "decode_linear_prenorm(Tensor x, Tensor weight, Tensor? bias=None, *, "
+      "Tensor? residual=None, Tensor norm_weight, float eps=1e-6, "
+      "bool residual_in_fp32=False) -> (Tensor out, Tensor residual_out)");
+
   // residual_out is None unless prenorm asks for it, and where nothing was added to x: it is x.
   m.def(
       "layer_norm(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, "

@@ -296,6 +296,16 @@ def test_layer_norm(device):
     return [(out, rms_norm(total)[0]), (residual_out, total)]
 
 
+def test_decode_linear(device):
+    x, weight, residual, norm = vectors(device, X, DOUT, B, WEIGHT)
+    out, total = ops.decode_linear_prenorm(
+        x[None], weight[None], residual=residual[None], norm_weight=norm, eps=EPS
+    )
+    sums = [v + r for v, r in zip(X, B)]
+    expected = sum(n * w for n, w in zip(rms_norm(sums)[0], DOUT))
+    return [(out, [expected]), (total, sums)]
+
+
 def test_layer_norm_bwd(device):
     x, weight, residual, dout = vectors(device, X, WEIGHT, B, DOUT)
     out = ops.layer_norm(x.requires_grad_(), weight, residual=residual, eps=EPS, is_rms_norm=True)
@@ -356,6 +366,7 @@ TESTS = [
     ("rms_norm_gated, backward", test_rms_norm_gated_bwd),
     ("layer_norm", test_layer_norm),
     ("layer_norm, backward", test_layer_norm_bwd),
+    ("decode_linear", test_decode_linear),
     ("mamba_inner", test_mamba_inner),
     ("mamba2_inner", test_mamba2_inner),
 ]

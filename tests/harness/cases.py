@@ -900,6 +900,63 @@ class LayerNorm(Case):
         return {name: (*self.leading, self.channels) for name in self.results}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeLinear(Case):
+    op: ClassVar[str] = "decode_linear"
+    results: ClassVar[tuple[str, ...]] = ("out",)
+
+    rows: int = 3
+    in_features: int = 24
+    out_features: int = 10
+    bias: bool = True
+    norm: bool = True
+    z: bool = True  # with norm
+    eps: float = 1e-5
+
+    def values(self, draw):
+        shape = (self.rows, self.in_features)
+        values = {
+            "x": draw.normal(*shape),
+            "weight": draw.normal(self.out_features, self.in_features),
+            "eps": self.eps,
+        }
+        if self.bias:
+            values["bias"] = draw.normal(self.out_features)
+        if self.norm:
+            values["norm_weight"] = draw.uniform(0.5, 1.5, self.in_features)
+            if self.z:
+                values["z"] = draw.normal(*shape)
+        return values
+
+    def own_dtype(self, name, values):
+        if name in ("bias", "norm_weight", "residual") and self.dtype != torch.float64:
+            return torch.float32
+        return self.dtype
+
+    def result_shapes(self):
+        return {"out": (self.rows, self.out_features)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeLinearPrenorm(DecodeLinear):
+    op: ClassVar[str] = "decode_linear_prenorm"
+    results: ClassVar[tuple[str, ...]] = ("out", "residual_out")
+
+    z: bool = False
+    residual: bool = True
+    residual_in_fp32: bool = False
+
+    def values(self, draw):
+        values = super().values(draw)
+        values["residual_in_fp32"] = self.residual_in_fp32
+        if self.residual:
+            values["residual"] = draw.normal(self.rows, self.in_features)
+        return values
+
+    def result_shapes(self):
+        return {**super().result_shapes(), "residual_out": (self.rows, self.in_features)}
+
+
 def variations(base, *rows, **changes):
     """Rows that each change one thing of `base`: {id: case}, the base row itself first.
 

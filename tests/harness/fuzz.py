@@ -18,9 +18,18 @@ _WEIGHTS = {
     "mamba2_inner": 4,
     "rms_norm_gated": 8,
     "layer_norm": 8,
+    "decode_linear": 4,
+    "decode_linear_prenorm": 4,
 }
 # No sums alone: roots, exponentials.
-_INEXACT = ("mamba_inner", "mamba2_inner", "rms_norm_gated", "layer_norm")
+_INEXACT = (
+    "mamba_inner",
+    "mamba2_inner",
+    "rms_norm_gated",
+    "layer_norm",
+    "decode_linear",
+    "decode_linear_prenorm",
+)
 
 # Of any 1000 cases in a row, at least so many have the property.
 QUOTAS = {
@@ -375,6 +384,34 @@ def _layer_norm(rng, dtype):
     }
 
 
+def _decode_linear(rng, dtype):
+    return {
+        "type": cases.DecodeLinear,
+        "names": ("x", "weight", "bias", "z", "norm_weight"),
+        "parameters": ("bias", "norm_weight"),
+        "states": {},
+        "rows": rng.choice([0, 1, 1, 1, 2, 3, 4, 5, 9]),
+        "in_features": rng.choice([1, 5, 8, 16, 24, 48, 65, 128, 513, 520, 1000]),
+        "out_features": rng.choice([1, 3, 8, 17, 64, 65, 200]),
+        "bias": _flag(rng),
+        "norm": _flag(rng),
+        "z": _flag(rng),
+    }
+
+
+def _decode_linear_prenorm(rng, dtype):
+    return {
+        **_decode_linear(rng, dtype),
+        "type": cases.DecodeLinearPrenorm,
+        "names": ("x", "weight", "bias", "residual", "norm_weight"),
+        "states": {"residual": lambda dtype: (dtype, torch.float32)},
+        "norm": True,
+        "z": False,
+        "residual": _flag(rng, 0.7),
+        "residual_in_fp32": _flag(rng),
+    }
+
+
 _MAKERS = {
     "causal_conv1d": _conv,
     "causal_conv1d_update": _conv_update,
@@ -386,12 +423,14 @@ _MAKERS = {
     "mamba2_inner": _inner2,
     "rms_norm_gated": _norm_gated,
     "layer_norm": _layer_norm,
+    "decode_linear": _decode_linear,
+    "decode_linear_prenorm": _decode_linear_prenorm,
 }
 
 
 def properties(case):
     """The quotas that a case counts for."""
-    names = ("batch", "dim", "headdim", "seqlen", "total_tokens", "tokens")
+    names = ("batch", "dim", "headdim", "seqlen", "total_tokens", "tokens", "rows")
     sizes = [getattr(case, name, 1) for name in names]
     sizes += getattr(case, "leading", ())
     packing = getattr(case, "packing", None)

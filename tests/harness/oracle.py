@@ -228,7 +228,7 @@ def result_dtype(op, result, dtypes):
         return torch.float64 if wide else torch.float32
     if result in ("state", "conv_state", "intermediate_states"):
         return dtypes[result]
-    if op == "layer_norm" and result == "residual_out":
+    if result == "residual_out":
         if "residual" in dtypes:
             return dtypes["residual"]
         wide = torch.promote_types(dtypes["x"], torch.float32)
@@ -770,6 +770,21 @@ def mamba2_inner(
     return {"out": y, "final_states": results["final_states"]}
 
 
+def decode_linear(x, weight, bias=None, z=None, norm_weight=None, eps=1e-6):
+    n = x if z is None else x * (z * torch.sigmoid(z))
+    if norm_weight is not None:
+        n = _normalized(n, eps, is_rms_norm=True) * norm_weight
+    return {"out": F.linear(n, weight, bias)}
+
+
+def decode_linear_prenorm(
+    x, weight, bias=None, residual=None, norm_weight=None, eps=1e-6, residual_in_fp32=False
+):
+    total = x if residual is None else x + residual
+    out = decode_linear(total, weight, bias, norm_weight=norm_weight, eps=eps)["out"]
+    return {"out": out, "residual_out": total}
+
+
 # And what says their type: operations whose parts hand on results, and those made of products.
 COMPOSITES = {"mamba_inner": "xz", "mamba2_inner": "zxbcdt"}
 PRODUCTS = {"ssd_chunk_scan": "x", "mamba2_inner": "zxbcdt"}
@@ -777,6 +792,8 @@ REFERENCES = {
     "causal_conv1d": causal_conv1d,
     "causal_conv1d_update": causal_conv1d_update,
     "causal_conv1d_varlen_states": causal_conv1d_varlen_states,
+    "decode_linear": decode_linear,
+    "decode_linear_prenorm": decode_linear_prenorm,
     "selective_scan": selective_scan,
     "selective_state_update": selective_state_update,
     "ssd_chunk_scan": ssd_chunk_scan,

@@ -52,6 +52,8 @@ PER_ROW = {
     },
     "mamba_inner": {"xz", "B", "C", "out"},
     "mamba2_inner": {"zxbcdt", "initial_states", "seq_idx", "out", "final_states"},
+    "decode_linear": {"x", "z", "out"},
+    "decode_linear_prenorm": {"x", "residual", "out", "residual_out"},
     "rms_norm_gated": {"x", "z", "out"},
     "layer_norm": {
         "x",

@@ -335,7 +335,31 @@ ROWSCALE_ROWS = [
     ("integer", "rowscale", lambda t: t.int(), ["float32", "int32"]),
 ]
 
+LINEAR = cases.DecodeLinear(rows=3, in_features=8, out_features=5)
+LINEAR_ROWS = [
+    ("rank", "x", lambda t: t[0], ["(8)|(8,)"]),
+    ("integer", "x", lambda t: t.int(), ["float32", "int32"]),
+    ("rank", "weight", lambda t: t[0], ["(8)|(8,)"]),
+    ("transposed", "weight", lambda t: t.mT, ["(8, 8)", "(8, 5)"]),
+    ("dtype", "weight", lambda t: t.bfloat16(), ["float32", "bfloat16"]),
+    ("no outputs", "weight", lambda t: t[:0], ["1", "(0, 8)"]),
+    ("size", "bias", lambda t: t[:4], ["(5)|(5,)", "(4)|(4,)"]),
+    ("float64 among float32", "bias", lambda t: t.double(), ["float32", "float64"]),
+    ("size", "norm_weight", lambda t: t[:4], ["(8)|(8,)", "(4)|(4,)"]),
+    ("shape", "z", lambda t: t[:, :7], ["(3, 8)", "(3, 7)"]),
+    ("dtype", "z", lambda t: t.half(), ["float32", "float16"]),
+    ("without norm", "z", lambda t: t, ["norm_weight"], {"norm_weight": None}),
+]
+LINEAR_PRENORM = cases.DecodeLinearPrenorm(rows=3, in_features=8, out_features=5)
+LINEAR_PRENORM_ROWS = [
+    ("shape", "residual", lambda t: t[1:], ["(3, 8)", "(2, 8)"]),
+    ("dtype", "residual", lambda t: t.half(), ["float32", "float16"]),
+    ("size", "norm_weight", lambda t: t[:4], ["(8)|(8,)", "(4)|(4,)"]),
+]
+
 TABLES = (
+    (LINEAR, LINEAR_ROWS),
+    (LINEAR_PRENORM, LINEAR_PRENORM_ROWS),
     (CONV, CONV_ROWS),
     (UPDATE, UPDATE_ROWS),
     (VARLEN, VARLEN_ROWS),

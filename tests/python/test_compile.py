@@ -38,6 +38,9 @@ CASES = {
     "mamba2_inner cu_seqlens": cases.Inner2(batch=1, num_sequences=3, limits=True, D="channel"),
     "rms_norm_gated": cases.NormGated(groups=3),
     "rms_norm_gated plain": cases.NormGated(z=False, bias=False, whole_row=True),
+    "decode_linear": cases.DecodeLinear(),
+    "decode_linear_prenorm": cases.DecodeLinearPrenorm(),
+    "decode_linear plain": cases.DecodeLinear(norm=False, bias=False),
     "layer_norm": cases.LayerNorm(),
     "layer_norm heads": cases.LayerNorm(x1=True, weight1=True, bias1=True),
     "layer_norm plain": cases.LayerNorm(residual=False, bias=False, is_rms_norm=True),
@@ -52,6 +55,8 @@ INDUCTOR = (
     "mamba2_inner",
     "rms_norm_gated",
     "layer_norm",
+    "decode_linear",
+    "decode_linear_prenorm",
 )
 
 
@@ -115,7 +120,7 @@ def test_few_recompiles(case, device):
         return op(**arguments)
 
     compiled = torch.compile(program, fullgraph=True, dynamic=True, backend=counter)
-    sizes = ("seqlen", "total_tokens", "batch", "leading")
+    sizes = ("seqlen", "total_tokens", "batch", "leading", "rows")
     field = next(name for name in sizes if getattr(case, name, None) is not None)
     for size in (5, 7, 8, 16, 19, 32, 33, 40, 64, 71):
         changes = {field: (2, size) if field == "leading" else size}

@@ -115,6 +115,8 @@ OPS = {
     "ssd_chunk_scan": cases.Ssd(),
     "rms_norm_gated": cases.NormGated(),
     "layer_norm": cases.LayerNorm(),
+    "decode_linear": cases.DecodeLinear(),
+    "decode_linear_prenorm": cases.DecodeLinearPrenorm(),
     "mamba_inner": cases.Inner(),
     "mamba2_inner": cases.Inner2(),
 }
@@ -139,6 +141,7 @@ def op_program(name, device):
     def call(batch, seqlen):
         sizes = {"batch": batch, "seqlen": seqlen, "total_tokens": seqlen}
         sizes["leading"] = (batch, seqlen)
+        sizes["rows"] = batch
         own = {n: size for n, size in sizes.items() if getattr(case, n, None) is not None}
         return dataclasses.replace(case, **own).call(device)
 

@@ -24,6 +24,7 @@ UPDATES = {
         batch=2, nheads=4, ngroups=2, dim=3, dstate=4
     ),
 }
+LINEAR_OF_STEP = cases.DecodeLinear(rows=3, in_features=8, out_features=5)
 NOTHING = {
     "causal_conv1d_varlen_states": cases.VarlenStates(),
     "rms_norm_gated": cases.NormGated(),
@@ -119,6 +120,15 @@ def test_scans(device):
     assert counted(CASES["ssd_chunk_scan"], device, backward=True) == backward
     assert counted(UPDATES["selective_state_update"], device) == scan_by_hand(2 * 3, 4)[0]
     assert counted(UPDATES["selective_state_update heads"], device) == scan_by_hand(2 * 4 * 3, 4)[0]
+
+
+def test_linear_of_a_step(device):
+    case = LINEAR_OF_STEP
+    assert counted(case, device) == 2 * case.rows * case.in_features * case.out_features
+    x, weight = (case.call(device).arguments[name] for name in ("x", "weight"))
+    with FlopCounterMode(display=False) as mode:
+        torch.ops.mamba_ssm.step_linear(x, weight)
+    assert mode.get_total_flops() == counted(case, device)
 
 
 @pytest.mark.parametrize("case", NOTHING.values(), ids=NOTHING.keys())

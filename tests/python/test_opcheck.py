@@ -143,10 +143,39 @@ LAYER_NORM = cases.variations(
     layout=["transposed", "sliced", "step2"],
     dtype=[torch.bfloat16, torch.float16, torch.float64],
 )
+LINEAR = cases.variations(
+    cases.DecodeLinear(),
+    {"norm": False, "bias": False},
+    rows=[1],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.bfloat16, torch.float64],
+)
+LINEAR_PRENORM = cases.variations(
+    cases.DecodeLinearPrenorm(),
+    {"residual": False, "residual_in_fp32": True, "dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16, "dtypes": {"residual": torch.bfloat16}},
+    rows=[1],
+    residual=[False],
+    layout=["transposed", "sliced", "step2"],
+    dtype=[torch.float16, torch.float64],
+)
 
 
 def _samples():
-    tables = (CONV, UPDATE, VARLEN, SCAN, STATE_UPDATE, SSD, INNER, INNER2, NORM_GATED, LAYER_NORM)
+    tables = (
+        CONV,
+        UPDATE,
+        VARLEN,
+        SCAN,
+        STATE_UPDATE,
+        SSD,
+        INNER,
+        INNER2,
+        NORM_GATED,
+        LAYER_NORM,
+        LINEAR,
+        LINEAR_PRENORM,
+    )
     for rows in tables:
         for label, case in rows.items():
             wants = (False, True) if case.differentiable else (False,)

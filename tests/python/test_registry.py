@@ -25,12 +25,14 @@ SCHEMAS = sorted(
 OPS = [schema.name.removeprefix("mamba_ssm::") for schema in SCHEMAS]
 # What a derivative does not take: layer_norm's starts from the sum of its inputs, which it is given.
 UNREAD = {"layer_norm_bwd": {"x", "residual", "x1", "prenorm", "residual_in_fp32"}}
-COMPOSITES = ("mamba_inner", "mamba2_inner")  # made of other ops, in any backend
+# Made of other ops, in any backend.
+COMPOSITES = ("mamba_inner", "mamba2_inner", "step_linear", "step_linear_prenorm")
 
 
 def stem(op):
     """The op whose files hold `op`: derivatives and variants live with their base."""
-    base = re.sub(r"(_fwd|_bwd)?(_out)?$", "", op)
+    base = re.sub(r"(_fwd|_bwd|_prenorm)?(_out)?$", "", op)
+    base = re.sub(r"^step_linear$", "decode_linear", base)
     return "causal_conv1d" if base.startswith("causal_conv1d") else base
 
 

@@ -176,6 +176,47 @@ layer_norm(const at::Tensor& x, const at::Tensor& weight,
            double dropout_p = 0.0, bool prenorm = false, bool residual_in_fp32 = false,
            bool is_rms_norm = false);
 
+/// Product of a decode step, with the normalization before it:
+///   n = g / sqrt(mean(g^2) + eps) norm_weight   g = x, or x silu(z) with z
+///   out[r,o] = sum_i n[r,i] weight[o,i] + bias[o]
+/// Absent arguments take no part; without norm_weight n = x, and there is no z.
+///
+/// Shapes: x, z (rows, in_features); weight (out_features >= 1, in_features), of type T;
+/// norm_weight (in_features); bias (out_features). Returns out (rows, out_features). n is not
+/// rounded. Made for up to four rows, where the time is that of reading the weight; a row's result
+/// does not depend on the other rows. Not differentiable.
+/// Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.1.
+MAMBA_SSM_API at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& bias = std::nullopt,
+                                       const std::optional<at::Tensor>& z = std::nullopt,
+                                       const std::optional<at::Tensor>& norm_weight = std::nullopt,
+                                       double eps = 1e-6);
+
+/// decode_linear of a residual stream: residual_out = x + residual, and that in the place of x.
+///
+/// residual (rows, in_features), T or float32; without one residual_out = x. residual_out has the
+/// type of residual, or without one float32 if residual_in_fp32, else T; out is formed from it
+/// before it is rounded. Returns out and residual_out. Not differentiable.
+MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> decode_linear_prenorm(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual, const at::Tensor& norm_weight, double eps = 1e-6,
+    bool residual_in_fp32 = false);
+
+/// decode_linear for x (..., in_features), by whatever is fastest: decode_linear itself for a few
+/// rows on CUDA when nothing is recorded for a gradient, else rms_norm_gated and torch's product,
+/// which round n. Differentiable.
+MAMBA_SSM_API at::Tensor step_linear(const at::Tensor& x, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias = std::nullopt,
+                                     const std::optional<at::Tensor>& z = std::nullopt,
+                                     const std::optional<at::Tensor>& norm_weight = std::nullopt,
+                                     double eps = 1e-6);
+
+/// decode_linear_prenorm likewise, with layer_norm.
+MAMBA_SSM_API std::tuple<at::Tensor, at::Tensor> step_linear_prenorm(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual, const at::Tensor& norm_weight, double eps = 1e-6,
+    bool residual_in_fp32 = false);
+
 /// Everything between in_proj and the end of a Mamba block: split xz in x and z, convolve and SiLU
 /// x, project it to delta, B, C, scan with gate z, project out. One autograd node that keeps
 /// neither the convolved x nor delta: the backward computes them again.

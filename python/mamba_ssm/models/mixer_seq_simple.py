@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from mamba_ssm.models.config_mamba import MambaConfig
+from mamba_ssm.modules._parts import step_linear
 from mamba_ssm.modules.block import Block, add_norm
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
@@ -239,6 +240,11 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self.register_load_state_dict_pre_hook(_complete_tied)
         self.register_load_state_dict_post_hook(_tie_assigned)
 
+    @property
+    def reads_positions(self):
+        """Whether forward looks at position_ids: attention layers do."""
+        return bool(self.config.attn_layer_idx)
+
     def tie_weights(self):
         """Makes the head's weight the embedding's, if the config says so."""
         if self.config.tie_embeddings:
@@ -263,7 +269,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         hidden_states = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
-        return CausalLMOutput(logits=self.lm_head(hidden_states))
+        return CausalLMOutput(logits=step_linear(self.lm_head, hidden_states))
 
     @classmethod
     def from_pretrained(

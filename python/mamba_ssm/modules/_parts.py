@@ -4,12 +4,10 @@ import torch
 import torch.nn as nn
 
 
-def is_plain(module, kind):
-    """Whether module is exactly a `kind`, so that using its weight equals calling its forward."""
+def is_unhooked(module):
+    """Whether calling module is calling the forward of its class, and nothing else."""
     return (
-        type(module) is kind  # a parametrized module has a type of its own
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-        and not module._forward_hooks
+        not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
@@ -17,8 +15,29 @@ def is_plain(module, kind):
     )
 
 
+def is_plain(module, kind):
+    """Whether module is exactly a `kind`, so that using its weight equals calling its forward."""
+    return (
+        type(module) is kind  # a parametrized module has a type of its own
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and is_unhooked(module)
+    )
+
+
 def upcast(tensor):
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def step_linear(layer, x):
+    """layer(x) for the few tokens of a decode step, x (..., in_features)."""
+    if is_plain(layer, nn.Linear):
+        return torch.ops.mamba_ssm.step_linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+# Mixer types that Block may hand what in_proj makes of a decode step's token: called as
+# mixer._step(projected (batch, features), *states of the layer).
+TAKES_PROJECTED = set()
 
 
 def read_cache(cache, dtype):

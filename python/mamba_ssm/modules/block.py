@@ -1,8 +1,15 @@
 """Residual block: add, normalize, mix."""
 
+import torch
 import torch.nn as nn
 
-from mamba_ssm.modules._parts import is_plain, upcast
+from mamba_ssm.modules._parts import (
+    TAKES_PROJECTED,
+    is_plain,
+    is_unhooked,
+    states_from_cache,
+    upcast,
+)
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 
 
@@ -76,16 +83,50 @@ class Block(nn.Module):
         mixer_kwargs go to the mixer. Returns (hidden_states, residual); their sum is the output of
         the block.
         """
-        hidden_states, residual = add_norm(
-            self.norm, hidden_states, residual, self.residual_in_fp32
-        )
-        hidden_states = self.mixer(hidden_states, inference_params=inference_params, **mixer_kwargs)
+        if self._is_joint_step(hidden_states, inference_params, mixer_kwargs):
+            hidden_states, residual = self._step(hidden_states, residual, inference_params)
+        else:
+            hidden_states, residual = add_norm(
+                self.norm, hidden_states, residual, self.residual_in_fp32
+            )
+            hidden_states = self.mixer(
+                hidden_states, inference_params=inference_params, **mixer_kwargs
+            )
         if self.mlp is not None:
             hidden_states, residual = add_norm(
                 self.norm2, hidden_states, residual, self.residual_in_fp32
             )
             hidden_states = self.mlp(hidden_states)
         return hidden_states, residual
+
+    def _is_joint_step(self, hidden_states, inference_params, mixer_kwargs):
+        """Whether this is a decode step, whose norm and in_proj can be one operation."""
+        return (
+            inference_params is not None
+            and inference_params.seqlen_offset > 0
+            and hidden_states.shape[1] == 1
+            and all(value is None for value in mixer_kwargs.values())
+            and type(self.mixer) in TAKES_PROJECTED
+            and is_unhooked(self.mixer)
+            and is_plain(self.mixer.in_proj, nn.Linear)
+            and is_plain(self.norm, RMSNorm)
+            and self.norm.drop is None
+        )
+
+    def _step(self, hidden_states, residual, inference_params):
+        """add_norm and the mixer for one token of each row."""
+        in_proj = self.mixer.in_proj
+        projected, residual = torch.ops.mamba_ssm.step_linear_prenorm(
+            hidden_states,
+            in_proj.weight,
+            in_proj.bias,
+            residual=residual,
+            norm_weight=self.norm.weight,
+            eps=self.norm.eps,
+            residual_in_fp32=self.residual_in_fp32,
+        )
+        states = states_from_cache(self.mixer, inference_params, hidden_states.shape[0])
+        return self.mixer._step(projected[:, 0], *states), residual
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """The mixer's."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from mamba_ssm.modules._hub import HubMixin
 from mamba_ssm.modules._parts import (
+    TAKES_PROJECTED,
     A_of,
     A_of_step,
     cache_options,
@@ -17,6 +18,7 @@ from mamba_ssm.modules._parts import (
     read_cache,
     states_from_cache,
     step_conv1d,
+    step_linear,
     upcast,
 )
 from mamba_ssm.ops.triton._chunks import sequence_ids
@@ -262,7 +264,12 @@ class Mamba2(nn.Module, HubMixin):
                 f"{type(self).__name__}.step: hidden_states must have shape (batch, 1, d_model), "
                 f"got {tuple(hidden_states.shape)}"
             )
-        z0, x0, z, xBC, dt = self._split(self.in_proj(hidden_states[:, 0]))
+        zxbcdt = step_linear(self.in_proj, hidden_states[:, 0])
+        return self._step(zxbcdt, conv_state, ssm_state), conv_state, ssm_state
+
+    def _step(self, zxbcdt, conv_state, ssm_state):
+        """step from what in_proj makes of the token, zxbcdt (batch, d_in_proj)."""
+        z0, x0, z, xBC, dt = self._split(zxbcdt)
         xBC = step_conv1d(self.conv1d, self.act, xBC, conv_state)
         x, B, C = self._split_heads(xBC)
 
@@ -290,8 +297,12 @@ class Mamba2(nn.Module, HubMixin):
             dt_softplus=softplus,
             A_is_log=A_is_log,
         )
-        out = self.out_proj(self._gate(z0, x0, z, y.flatten(1)))
-        return out[:, None], conv_state, ssm_state
+        y = y.flatten(1)
+        if self._norm_is_fusible() and is_plain(self.out_proj, nn.Linear):
+            weight, bias = self.out_proj.weight, self.out_proj.bias
+            norm = {"norm_weight": self.norm.weight, "eps": self.norm.eps}
+            return ops.step_linear(y, weight, bias, z=z, **norm)[:, None]
+        return step_linear(self.out_proj, self._gate(z0, x0, z, y))[:, None]
 
     def allocate_inference_cache(
         self, batch_size, max_seqlen, dtype=None, *, state_dtype=None, **kwargs
@@ -346,6 +357,17 @@ class Mamba2(nn.Module, HubMixin):
             is_plain(self.conv1d, nn.Conv1d)
             and is_plain(self.out_proj, linear)
             and (not self.rmsnorm or is_plain(self.norm, RMSNormGated))
+        )
+
+    def _norm_is_fusible(self):
+        """Whether out_proj follows a norm of all of its input, with the gate before the norm."""
+        return (
+            self.rmsnorm
+            and is_plain(self.norm, RMSNormGated)
+            and not self.norm.norm_before_gate
+            and self.norm.group_size in (None, self.d_inner)
+            and self.norm.bias is None
+            and self.d_ssm == self.d_inner
         )
 
     def _project_in(self, u, seqlen):
@@ -463,3 +485,6 @@ class Mamba2(nn.Module, HubMixin):
         if self.d_ssm < self.d_inner:
             y = torch.cat([F.silu(z0) * x0, y], dim=-1)
         return y
+
+
+TAKES_PROJECTED.add(Mamba2)

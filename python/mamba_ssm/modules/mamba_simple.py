@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba_ssm.modules._parts import (
+    TAKES_PROJECTED,
     A_of,
     A_of_step,
     cache_options,
@@ -14,6 +15,7 @@ from mamba_ssm.modules._parts import (
     read_cache,
     states_from_cache,
     step_conv1d,
+    step_linear,
     upcast,
 )
 from mamba_ssm.modules.block import Block as _Block
@@ -184,11 +186,16 @@ class Mamba(nn.Module):
                 "Mamba.step: hidden_states must have shape (batch, 1, d_model), "
                 f"got {tuple(hidden_states.shape)}"
             )
-        x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
+        xz = step_linear(self.in_proj, hidden_states[:, 0])
+        return self._step(xz, conv_state, ssm_state), conv_state, ssm_state
+
+    def _step(self, xz, conv_state, ssm_state):
+        """step from what in_proj makes of the token, xz (batch, 2 * d_inner)."""
+        x, z = xz.chunk(2, dim=-1)
         x = step_conv1d(self.conv1d, self.act, x, conv_state)
-        dt, B, C = self._split(self.x_proj(x).to(x.dtype), dim=-1)
+        dt, B, C = self._split(step_linear(self.x_proj, x).to(x.dtype), dim=-1)
         if is_plain(self.dt_proj, nn.Linear):
-            dt, dt_bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
+            dt, dt_bias = ops.step_linear(dt, self.dt_proj.weight), self.dt_proj.bias
         else:
             dt, dt_bias = self.dt_proj(dt), None
         A, A_is_log = A_of_step(self.A_log)
@@ -205,7 +212,7 @@ class Mamba(nn.Module):
             dt_softplus=True,
             A_is_log=A_is_log,
         )
-        return self.out_proj(y)[:, None], conv_state, ssm_state
+        return step_linear(self.out_proj, y)[:, None]
 
     def allocate_inference_cache(
         self, batch_size, max_seqlen, dtype=None, *, state_dtype=None, **kwargs
@@ -296,6 +303,9 @@ class Mamba(nn.Module):
             conv_state.copy_(columns[..., -self.d_conv :].detach())
             ssm_state.copy_(last_state.detach())
         return self.out_proj(y.transpose(1, 2))
+
+
+TAKES_PROJECTED.add(Mamba)
 
 
 class Block(_Block):

@@ -15,6 +15,7 @@ is done for each element alone (exp, SiLU, softplus, gates, D, norms) is not cou
 - A derivative has two products for each one of the forward, as torch counts those of convolutions:
   da = g h and g = g a for a h, dB = g b and db = g B for b B, dC = dy h and g = g + dy C for C h.
   What a kernel computes a second time is not counted.
+- decode_linear is a product, whatever is normalized before it.
 - mamba_inner and mamba2_inner have also their projections. Where autograd or a compiler is at work
   the counter sees their parts, among them those that the backward runs again.
 """
@@ -41,6 +42,10 @@ def causal_conv1d_bwd(dout, dfinal_states, x, weight, *args, **kwargs):
 
 def causal_conv1d_update(x, conv_state, weight, *args, **kwargs):
     return causal_conv1d(x, weight)
+
+
+def linear(x, weight, *args, **kwargs):
+    return 2 * x.shape[:-1].numel() * weight.numel()
 
 
 def selective_scan(u, delta, A, *args, **kwargs):
@@ -112,6 +117,10 @@ FORMULAS = {
     "causal_conv1d_bwd_out": causal_conv1d_bwd,
     "causal_conv1d_update": causal_conv1d_update,
     "causal_conv1d_varlen_states": nothing,
+    "decode_linear": linear,
+    "decode_linear_prenorm": linear,
+    "step_linear": linear,
+    "step_linear_prenorm": linear,
     "selective_scan": selective_scan,
     "selective_scan_fwd": selective_scan,
     "selective_scan_bwd": selective_scan_bwd,

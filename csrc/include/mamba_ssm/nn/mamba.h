@@ -103,6 +103,11 @@ class MAMBA_SSM_API MambaImpl : public torch::nn::Cloneable<MambaImpl> {
   at::Tensor step(const at::Tensor& hidden_states, const at::Tensor& conv_state,
                   const at::Tensor& ssm_state);
 
+  /// step from what in_proj makes of the token, xz (batch, 2 * d_inner); returns (batch, 1,
+  /// d_model).
+  at::Tensor step_projected(const at::Tensor& xz, const at::Tensor& conv_state,
+                            const at::Tensor& ssm_state);
+
   /// A state of zeros on the module's device, of `dtype` or else of the module's dtype; its
   /// ssm_state of state_dtype if that is given (a 16-bit module decodes long sequences more
   /// accurately with a float32 one). The size of a state does not depend on the length of the

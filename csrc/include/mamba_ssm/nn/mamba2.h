@@ -134,6 +134,11 @@ class MAMBA_SSM_API Mamba2Impl : public torch::nn::Cloneable<Mamba2Impl> {
   at::Tensor step(const at::Tensor& hidden_states, const at::Tensor& conv_state,
                   const at::Tensor& ssm_state);
 
+  /// step from what in_proj makes of the token, zxbcdt (batch, d_in_proj); returns (batch, 1,
+  /// d_model).
+  at::Tensor step_projected(const at::Tensor& zxbcdt, const at::Tensor& conv_state,
+                            const at::Tensor& ssm_state);
+
   /// A state of zeros; see MambaImpl::allocate_inference_cache.
   MambaState allocate_inference_cache(
       int64_t batch_size, int64_t max_seqlen = 0,
@@ -170,7 +175,7 @@ class MAMBA_SSM_API Mamba2Impl : public torch::nn::Cloneable<Mamba2Impl> {
   at::Tensor prefill(const at::Tensor& u, MambaState& state,
                      const std::optional<at::Tensor>& seq_idx,
                      const std::optional<at::Tensor>& cu_seqlens);
-  at::Tensor project_out(const Parts& parts, const at::Tensor& y);
+  at::Tensor gate(const Parts& parts, const at::Tensor& y);
   at::Tensor A() const;
   at::Tensor D_by_head() const;
   std::optional<double> dt_upper_limit() const;
