@@ -1,10 +1,12 @@
 """Generation: how a token is drawn from logits, the loop over tokens, CUDA graphs of a step."""
 
+import contextlib
+import gc
 import itertools
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -294,13 +296,17 @@ def decode(
 
     def step(tokens, i):
         """Logits (batch, vocab) of new token i, behind tokens (batch, 1)."""
-        # As many tokens of each row are in the caches; rows that have ended stay at the last one.
-        position_ids = (ends + (i - 1)).clamp(max=max_seqlen - 1)
+        position_ids, lengths = None, None
+        if getattr(model, "reads_positions", True):
+            # As many tokens of each row are in the caches; rows that have ended stay at the last.
+            position_ids = (ends + (i - 1)).clamp(max=max_seqlen - 1)
+            lengths = position_ids[:, 0]
         if cg:
-            return model._decoding_cache.run(tokens, position_ids, position_ids[:, 0])[:, -1]
+            run = model._decoding_cache.run
+            return run(tokens, position_ids, lengths, copy=output_scores)[:, -1]
         inference_params.seqlen_offset = min(longest + i, max_seqlen) - 1
         if ragged:
-            inference_params.lengths_per_sample = position_ids[:, 0].int()
+            inference_params.lengths_per_sample = None if lengths is None else lengths.int()
         return model(
             tokens,
             position_ids=position_ids,
@@ -324,7 +330,13 @@ def decode(
             _prefill(model, input_ids[:, :-1], inference_params, prefill_chunk_size, seq_idx)
             logits = step(input_ids.gather(1, ends - 1), i)
         else:
-            logits = _prefill(model, input_ids, inference_params, prefill_chunk_size)
+            run = None
+            if cg and prefill_chunk_size is None:
+                run = _prompt_graph(model, model._decoding_cache, batch_size, longest)
+            if run is None:
+                logits = _prefill(model, input_ids, inference_params, prefill_chunk_size)
+            else:
+                logits = run(input_ids, None, 0, copy=output_scores)[:, -1]
         logits = logits[:, :vocab_size]
         if output_scores:
             scores.append(logits)
@@ -408,8 +420,8 @@ class DecodingCGCache:
     max_batch_size: int = 0
     max_seqlen: int = 0
     callables: dict = field(default_factory=dict)  # (batch size, tokens per row) -> run of a graph
+    prompts: dict = field(default_factory=dict)  # likewise, of prompts; None: seen, no graph yet
     inference_params: Optional[InferenceParams] = None
-    run: Optional[Callable] = None  # (input_ids, position_ids, seqlen) -> logits
     device = None
     dtype = None
     mempool = None
@@ -417,6 +429,10 @@ class DecodingCGCache:
     addresses = None  # of the weights: a graph reads those of its capture
     states = None  # of max_batch_size rows, of which inference_params has the first ones
     lengths = None  # (max_batch_size,), likewise
+
+    def run(self, input_ids, *args, **kwargs):
+        """The run of capture_graph, of the graph for the shape of input_ids."""
+        return self.callables[tuple(input_ids.shape)](input_ids, *args, **kwargs)
 
 
 @torch.inference_mode()
@@ -454,7 +470,8 @@ def update_graph_cache(
         or max_seqlen > cache.max_seqlen
     ):
         # What the old graphs hold is freed before more is asked for.
-        cache.callables, cache.inference_params, cache.states, cache.run = {}, None, None, None
+        cache.callables, cache.prompts = {}, {}
+        cache.inference_params, cache.states = None, None
         cache.device, cache.dtype, cache.state_dtype, cache.addresses = kind
         cache.max_batch_size, cache.max_seqlen = batch_size, max_seqlen
         options = {} if state_dtype is None else {"state_dtype": state_dtype}
@@ -484,11 +501,51 @@ def update_graph_cache(
                 n_warmups=n_warmups,
             )
 
-    def run(input_ids, position_ids, seqlen):
-        return cache.callables[tuple(input_ids.shape)](input_ids, position_ids, seqlen)
-
-    cache.run = run
     return cache
+
+
+# A longer prompt keeps the GPU busy while the CPU launches its kernels one by one.
+_MOST_PROMPT_TOKENS = 8192
+_MOST_PROMPT_GRAPHS = 8
+
+
+def _prompt_graph(model, cache, batch_size, seqlen):
+    """The `run` of a graph for prompts (batch_size, seqlen), or None.
+
+    Captured when a shape comes for the second time, since a capture takes longer than a call.
+    """
+    shape = (batch_size, seqlen)
+    if batch_size * seqlen > _MOST_PROMPT_TOKENS:
+        return None
+    if shape not in cache.prompts:
+        if len(cache.prompts) == _MOST_PROMPT_GRAPHS:
+            del cache.prompts[next(iter(cache.prompts))]  # the oldest
+        cache.prompts[shape] = None
+        return None
+    if cache.prompts[shape] is None:
+        cache.prompts[shape] = capture_graph(
+            model,
+            cache.inference_params,
+            batch_size,
+            cache.max_seqlen,
+            decoding_seqlen=seqlen,
+            mempool=cache.mempool,
+            n_warmups=1,
+            is_prompt=True,
+        )
+    return cache.prompts[shape]
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """No garbage is collected inside: an old graph that goes then would spoil a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @torch.inference_mode()
@@ -500,28 +557,34 @@ def capture_graph(
     decoding_seqlen=1,
     mempool=None,
     n_warmups=2,
+    *,
+    is_prompt=False,
 ):
     """Captures a call of the model with decoding_seqlen tokens per row as a CUDA graph.
 
     inference_params have the states of batch_size rows, whose contents are lost, and
-    lengths_per_sample. Returns run(input_ids (batch, decoding_seqlen), position_ids (the same),
-    seqlen: tokens already in the caches, a number or (batch,)) -> logits (batch, decoding_seqlen,
-    vocab). A graph reads the memory of its capture: weights and states must stay where they are.
+    lengths_per_sample. is_prompt: the tokens are the first ones, and the logits those of the last.
+
+    Returns run(input_ids (batch, decoding_seqlen), position_ids (the same), seqlen: tokens already
+    in the caches, a number or (batch,)) -> logits (batch, decoding_seqlen or 1, vocab); None
+    leaves position_ids or seqlen as they were, for models that do not read them. With
+    run(..., copy=False) the next run overwrites the logits. A graph reads the memory of its
+    capture: weights and states must stay where they are.
     """
     device = next(model.parameters()).device
     input_ids = torch.zeros(batch_size, decoding_seqlen, dtype=torch.int64, device=device)
     position_ids = torch.zeros_like(input_ids)
     lengths, seqlen_offset = inference_params.lengths_per_sample, inference_params.seqlen_offset
     # Behind a prompt, with room for the tokens.
-    inference_params.seqlen_offset = max(max_seqlen - decoding_seqlen, 1)
-    lengths.fill_(max_seqlen - decoding_seqlen)
+    inference_params.seqlen_offset = 0 if is_prompt else max(max_seqlen - decoding_seqlen, 1)
+    lengths.fill_(0 if is_prompt else max_seqlen - decoding_seqlen)
 
     def call():
         return model(
             input_ids,
-            position_ids=position_ids,
+            position_ids=None if is_prompt else position_ids,
             inference_params=inference_params,
-            num_last_tokens=decoding_seqlen,
+            num_last_tokens=1 if is_prompt else decoding_seqlen,
         ).logits
 
     with torch.cuda.device(device):
@@ -534,17 +597,19 @@ def capture_graph(
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=mempool):
+        with _no_collection(), torch.cuda.graph(graph, pool=mempool):
             logits = call()
     inference_params.seqlen_offset = seqlen_offset
 
     @torch.inference_mode()
-    def run(new_input_ids, new_position_ids, seqlen):
+    def run(new_input_ids, new_position_ids, seqlen, copy=True):
         input_ids.copy_(new_input_ids)
-        position_ids.copy_(new_position_ids)
-        lengths[:] = seqlen
+        if new_position_ids is not None:
+            position_ids.copy_(new_position_ids)
+        if seqlen is not None:
+            lengths[:] = seqlen
         with torch.cuda.device(device):
             graph.replay()
-            return logits.clone()  # the next replay overwrites them
+            return logits.clone() if copy else logits
 
     return run
