@@ -276,7 +276,7 @@ __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) 
   }
 }
 
-constexpr int kManyThreads = 256;  // of a team
+constexpr int kManyThreads = 128;  // of a team
 
 template <class T>
 RowPlan plan(const LayerNormParams& p) {
