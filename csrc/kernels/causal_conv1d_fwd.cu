@@ -148,8 +148,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-/// kPlain: rows start and end at 16-byte boundaries, and there are neither ids nor initial states.
-template <class T, int kWidth, bool kPlain>
+/// kAligned: rows start and end at 16-byte boundaries. kPlain: there are neither ids nor initial
+/// states, which are not asked for at every token then.
+template <class T, int kWidth, bool kAligned, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     forward_channel_first(const CausalConv1dParams p, const Strips strips) {
   using Acc = Accumulate<T>;
@@ -168,15 +169,22 @@ __global__ void __launch_bounds__(kThreads)
   T* out = static_cast<T*>(p.out.data) + b * p.out.stride[0] + c * p.out.stride[1];
   // Vectors start at 16-byte boundaries: the first one of a row may reach back before token 0. From
   // here on tokens are counted from the start of the strip; the row has those in [head, length).
-  const int phase = kPlain ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
+  const int phase =
+      kAligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
   const int64_t begin = int64_t{strip} * strips.length - phase;
   const int head = begin < 0 ? phase : 0;
   const int64_t rest = p.seqlen - begin;
   const int length = rest < strips.length ? static_cast<int>(rest) : strips.length;
   x += begin;
   out += begin;
-  const auto inside = [&](int u) { return kPlain ? u < length : u >= head && u + kVec <= length; };
-  const ExtendedRow<T> input{p, b};
+  const auto inside = [&](int u) {
+    return kAligned ? u < length : u >= head && u + kVec <= length;
+  };
+  const ExtendedRow<T> extended{p, b};
+  const auto input = [&](int u) {
+    if constexpr (!kPlain) return extended(c, begin + u);
+    return begin + u >= 0 && u < length ? to_accumulate(x[u]) : Acc(0);
+  };
 
   Pack<T, kVec> vectors[kSteps];
 #pragma unroll
@@ -184,19 +192,17 @@ __global__ void __launch_bounds__(kThreads)
     const int u = step * kStep + lane * kVec;
     if (inside(u)) {
       vectors[step].load(x + u);
-    } else if (!kPlain && u < length) {
+    } else if (!kAligned && u < length) {
       Acc values[kVec];
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) values[e] = input(c, begin + u + e);
+      for (int e = 0; e < kVec; ++e) values[e] = input(u + e);
       vectors[step].round(values);  // exact: they come from T
     }
   }
   Acc before[kHalo] = {};  // what stands left of lane 0
-  if (lane == 0 && (!kPlain || begin > 0)) {
+  if (lane == 0) {
 #pragma unroll
-    for (int j = 0; j < kHalo; ++j) {
-      before[j] = kPlain ? to_accumulate(x[j - kHalo]) : input(c, begin - kHalo + j);
-    }
+    for (int j = 0; j < kHalo; ++j) before[j] = input(j - kHalo);
   }
   const Taps<T, 1, kWidth> taps(p.weight, p.bias, c);
   const ExtendedIds ids = extended_ids<!kPlain>(p, b, begin - kHalo);
@@ -240,7 +246,7 @@ __global__ void __launch_bounds__(kThreads)
       Pack<T, kVec> rounded;
       rounded.round(sum);
       rounded.store(out + u);
-    } else if (!kPlain) {
+    } else if (!kAligned) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
         if (u + e >= head && u + e < length) out[u + e] = from_accumulate<T>(sum[e]);
@@ -334,12 +340,17 @@ bool try_walks(const CausalConv1dParams& p, cudaStream_t stream) {
     strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
     strips.blocks = static_cast<unsigned>(ceil_div(tokens, kSteps * kStep));
     strips.length = static_cast<int>(ceil_div(ceil_div(tokens, strips.blocks), kStep) * kStep);
-    const bool plain =
-        phase == 0 && p.seqlen % kSize == 0 && !given(p.seq_idx) && !given(p.initial_states);
+    const bool plain = !given(p.seq_idx) && !given(p.initial_states);
+    const bool aligned = plain && phase == 0 && p.seqlen % kSize == 0;
     const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
     for_width(p.width, [&](auto width) {
       for_flag(plain, [&](auto is_plain) {
-        forward_channel_first<T, width, is_plain><<<blocks, kThreads, 0, stream>>>(p, strips);
+        if (is_plain && aligned) {
+          forward_channel_first<T, width, true, true><<<blocks, kThreads, 0, stream>>>(p, strips);
+        } else {
+          forward_channel_first<T, width, false, is_plain>
+              <<<blocks, kThreads, 0, stream>>>(p, strips);
+        }
       });
     });
     return true;

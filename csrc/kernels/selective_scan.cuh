@@ -145,6 +145,21 @@ struct Tokens {
     }
   }
 
+  /// Tokens of 2 bytes side by side at any address, as the words of 4 bytes that they are in.
+  __device__ __forceinline__ void load_halves(const T* p) {
+    const auto address = reinterpret_cast<uintptr_t>(p);
+    const auto* const words = reinterpret_cast<const uint32_t*>(address - address % 4);
+    uint32_t loaded[kWords + 1] = {};
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) loaded[i] = words[i];
+    const bool between = address % 4 != 0;
+    if (between) loaded[kWords] = words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      word(i) = between ? __funnelshift_r(loaded[i], loaded[i + 1], 16) : loaded[i];
+    }
+  }
+
   // As a queue, for element by element access: code that is rarely run stays short.
 
   /// Every token moves up by one; x becomes the first.
@@ -183,8 +198,9 @@ struct Tokens {
   }
 };
 
-/// The tokens t .. t + kTokens - 1 of a row; zero from `end` on.
-template <class T>
+/// The tokens t .. t + kTokens - 1 of a row; zero from `end` on. kUneven: made for rows of 16-bit
+/// tokens side by side that start anywhere; the branch costs those that do not.
+template <class T, bool kUneven = false>
 __device__ __forceinline__ Tokens<T> load_row(const T* data, int64_t stride, bool vectors, int t,
                                               int end) {
   Tokens<T> tokens;
@@ -193,6 +209,8 @@ __device__ __forceinline__ Tokens<T> load_row(const T* data, int64_t stride, boo
     for (int i = 0; i < kTokens; i += Tokens<T>::kSize) {
       tokens.pack[i / Tokens<T>::kSize].load(data + t + i);
     }
+  } else if (kUneven && stride == 1 && t + kTokens <= end) {
+    tokens.load_halves(data + t);
   } else {
 #pragma unroll 1
     for (int i = kTokens - 1; i >= 0; --i) {
@@ -202,11 +220,11 @@ __device__ __forceinline__ Tokens<T> load_row(const T* data, int64_t stride, boo
   return tokens;
 }
 
-template <class T>
+template <class T, bool kUneven = false>
 __device__ __forceinline__ Tokens<T> load_tokens(const View<3>& v, bool vectors, int64_t b,
                                                  int64_t c, int t, int end) {
-  return load_row(static_cast<const T*>(v.data) + b * v.stride[0] + c * v.stride[1], v.stride[2],
-                  vectors, t, end);
+  return load_row<T, kUneven>(static_cast<const T*>(v.data) + b * v.stride[0] + c * v.stride[1],
+                              v.stride[2], vectors, t, end);
 }
 
 template <class T>
@@ -312,7 +330,7 @@ __device__ __forceinline__ void clear_tokens(unsigned mask, int part, float (&x)
 
 /// One matrix, or B and C side by side, for one tile and state block, on their way from global to
 /// shared memory: a thread carries 8 tokens of one state.
-template <class T, int kCount>
+template <class T, int kCount, bool kUneven = false>
 struct MatrixStage {
   static constexpr int kMatrixRows = kCount * kStateBlock;
   static_assert(kMatrixRows * kQuarters <= kThreads);
@@ -334,8 +352,8 @@ struct MatrixStage {
     const int n = block * kStateBlock + row() % kStateBlock;
     const T* data = static_cast<const T*>(is_first ? first.data : second.data) + b * stride(0) +
                     group * stride(1) + n * stride(2);
-    tokens = load_row(data, stride(3), is_first ? first_vectors : second_vectors,
-                      begin + part() * kTokens, n < dstate ? end : 0);
+    tokens = load_row<T, kUneven>(data, stride(3), is_first ? first_vectors : second_vectors,
+                                  begin + part() * kTokens, n < dstate ? end : 0);
   }
 
   /// Calls put(token of the tile, matrix row, value); 0 at padding, whatever stands there.

@@ -23,8 +23,8 @@ __host__ __device__ constexpr int planes_per_warp(int state_blocks) {
 }
 
 /// kWhole: dstate is a multiple of a state block. Else infinity among the inputs may not meet the
-/// zeros of states that do not exist.
-template <class T, bool kPacked, bool kWhole>
+/// zeros of states that do not exist. kUneven: see load_row.
+template <class T, bool kPacked, bool kWhole, bool kUneven>
 __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
     forward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums sums) {
   extern __shared__ float4 shared[];
@@ -67,13 +67,13 @@ __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
     const int t = begin + part * kTokens;
     const auto load = [&](const View<3>& v, unsigned bit) {
       prefetch_tokens<T>(v, plan.vectors & bit, place.b, c, t + kTile, 0, end);
-      return load_tokens<T>(v, plan.vectors & bit, place.b, c, t, end);
+      return load_tokens<T, kUneven>(v, plan.vectors & bit, place.b, c, t, end);
     };
     u = load(p.u, kVectorU);
     delta = load(p.delta, kVectorDelta);
     if (given(p.z)) z = load(p.z, kVectorZ);
   };
-  MatrixStage<T, 2> stage;
+  MatrixStage<T, 2, kUneven> stage;
   const auto load_matrices = [&](int begin, int block) {
     stage.load(p.B, plan.vectors & kVectorB, p.C, plan.vectors & kVectorC, place.b, place.group,
                p.dstate, begin, place.end, block);
@@ -321,9 +321,13 @@ struct SharedForward {
   void launch(const SelectiveScanParams& p, cudaStream_t stream) const {
     if (plan.segments > 1) launch_segments<T, false>(p, plan, sums, stream);
     const int64_t blocks = p.batch * plan.segments * plan.groups * plan.tiles;
-    const auto kernel = p.dstate % kStateBlock != 0 ? forward_shared<T, true, false>
-                        : p.marks != nullptr        ? forward_shared<T, true, true>
-                                                    : forward_shared<T, false, true>;
+    constexpr bool kHalves = sizeof(T) == 2;
+    constexpr unsigned kTokensRead = kVectorU | kVectorDelta;
+    const bool uneven = kHalves && (plan.vectors & kTokensRead) != kTokensRead;
+    const auto kernel = p.dstate % kStateBlock != 0 ? forward_shared<T, true, false, kHalves>
+                        : p.marks != nullptr        ? forward_shared<T, true, true, false>
+                        : uneven                    ? forward_shared<T, false, true, kHalves>
+                                                    : forward_shared<T, false, true, false>;
     launch_shared(kernel, blocks, kThreads, plan.shared, stream, p, plan, sums);
   }
 };
