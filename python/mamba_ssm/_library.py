@@ -1,16 +1,25 @@
-"""Loads the two shared libraries that register ``torch.ops.mamba_ssm``.
+"""Registers ``torch.ops.mamba_ssm``.
 
-``libmamba_ssm_ops.so`` holds the kernels and uses torch's stable ABI; ``libmamba_ssm.so`` holds
-derivatives, composites and the C++ modules, and belongs to one minor version of torch.
+``libmamba_ssm_ops.so`` holds the kernels and uses torch's stable ABI. Autograd, Meta and composites
+come from ``libmamba_ssm.so``, which also holds the C++ modules and belongs to one minor version of
+torch, or, with any other torch, from `_registration`, in Python.
+
+The environment variable MAMBA_SSM_REGISTRATION chooses: "native" or "python".
 """
 
+import importlib.abc
+import os
+import sys
 from pathlib import Path
 
 import torch
 
+from mamba_ssm._build_info import TORCH_VERSION
+
 LIBRARY_DIR = Path(__file__).parent / "lib"
 OPS_LIBRARY = LIBRARY_DIR / "libmamba_ssm_ops.so"
 LIBRARY = LIBRARY_DIR / "libmamba_ssm.so"
+VARIABLE = "MAMBA_SSM_REGISTRATION"
 
 
 def _load_library(path: Path) -> None:
@@ -32,17 +41,51 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _load() -> None:
-    _load_library(OPS_LIBRARY)
-    from mamba_ssm._build_info import TORCH_VERSION
-
-    if _minor(torch.__version__) != _minor(TORCH_VERSION):
+def _why_python() -> str:
+    """Why the registration is that in Python; empty where it is libmamba_ssm.so's."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "native", "python"):
+        raise ImportError(f'mamba_ssm: {VARIABLE} must be "native" or "python", got "{wanted}"')
+    if wanted == "python":
+        return f"{VARIABLE} is python"
+    if not LIBRARY.is_file():
+        reason = f"{LIBRARY.name} is not installed"
+    elif _minor(torch.__version__) != _minor(TORCH_VERSION):
+        reason = f"{LIBRARY.name} is built for torch {_minor(TORCH_VERSION)}"
+    else:
+        return ""
+    if wanted == "native":
         raise ImportError(
-            f"mamba_ssm: this installation was built for torch {TORCH_VERSION}, but torch "
-            f"{torch.__version__} is running. Install torch {_minor(TORCH_VERSION)} or build "
-            "mamba_ssm again for the running version."
+            f"mamba_ssm: {VARIABLE} is native, but {reason} and torch {torch.__version__} is "
+            f"running. Install torch {_minor(TORCH_VERSION)}, build mamba_ssm again for the "
+            f"running version, or unset {VARIABLE}."
         )
-    _load_library(LIBRARY)
+    return reason
 
 
-_load()
+class _NoBindings(importlib.abc.MetaPathFinder):
+    """Makes the import of mamba_ssm._C say why there is none: it would load libmamba_ssm.so."""
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname == "mamba_ssm._C":
+            raise ImportError(
+                f"mamba_ssm._C, the C++ modules, needs {LIBRARY.name} and torch "
+                f"{_minor(TORCH_VERSION)}, but {MODE}."
+            )
+
+
+def _load() -> str:
+    """Registers everything, and returns a sentence that says which registration it is."""
+    _load_library(OPS_LIBRARY)
+    reason = _why_python()
+    if not reason:
+        _load_library(LIBRARY)
+        return f"autograd and Meta are {LIBRARY.name}'s"
+    from mamba_ssm import _registration
+
+    _registration.register()
+    sys.meta_path.insert(0, _NoBindings())
+    return f"autograd and Meta are registered in Python: {reason}"
+
+
+MODE = _load()

@@ -60,7 +60,8 @@ def print_versions():
     line("built for", f"torch {_build_info.TORCH_VERSION}, {cuda_kernels()}")
     for path in (_library.OPS_LIBRARY, _library.LIBRARY):
         loaded = os.path.realpath(path) in torch.ops.loaded_libraries
-        line("library", f"{path}{'' if loaded else ' (NOT LOADED)'}")
+        line("library", f"{path}{'' if loaded else ' (not loaded)'}")
+    line("registration", _library.MODE)
     line("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}")
     line("python", f"{platform.python_version()} on {platform.platform()}")
     capability = torch.backends.cpu.get_cpu_capability()

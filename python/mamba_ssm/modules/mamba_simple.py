@@ -19,23 +19,9 @@ from mamba_ssm.modules._parts import (
     upcast,
 )
 from mamba_ssm.modules.block import Block as _Block
+from mamba_ssm.ops._composites import project_channel_first
 
 ops = torch.ops.mamba_ssm
-
-
-def _project_channel_first(tokens, weight, bias=None):
-    """weight @ token + bias for tokens (batch, seqlen, features), as (batch, rows, seqlen).
-
-    It is stored as (rows, batch, seqlen): tokens of a channel lie side by side, as convolution and
-    scan walk them, and the transpose of the result is `tokens` for the next product, uncopied.
-    """
-    batch, seqlen, _ = tokens.shape
-    columns = tokens.flatten(0, 1).t()  # (features, batch * seqlen)
-    if bias is None:
-        projected = torch.mm(weight, columns)
-    else:
-        projected = torch.addmm(bias[:, None], weight, columns)
-    return projected.view(weight.shape[0], batch, seqlen).transpose(0, 1)
 
 
 class Mamba(nn.Module):
@@ -238,7 +224,7 @@ class Mamba(nn.Module):
     def _project(layer, tokens):
         """layer(tokens), (batch, seqlen, features), as (batch, rows, seqlen)."""
         if is_plain(layer, nn.Linear):
-            return _project_channel_first(tokens, layer.weight, layer.bias)
+            return project_channel_first(tokens, layer.weight, layer.bias)
         return layer(tokens).transpose(1, 2)
 
     def _is_fusible(self):
@@ -276,7 +262,7 @@ class Mamba(nn.Module):
         projected = self._project(self.x_proj, x.transpose(1, 2)).to(x.dtype)
         dt, B, C = self._split(projected, dim=1)
         if is_plain(self.dt_proj, nn.Linear):
-            delta = _project_channel_first(dt.transpose(1, 2), self.dt_proj.weight)
+            delta = project_channel_first(dt.transpose(1, 2), self.dt_proj.weight)
             delta_bias = upcast(self.dt_proj.bias)
         else:
             delta, delta_bias = self.dt_proj(dt.transpose(1, 2)).transpose(1, 2), None

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import selective_scan_cuda  # noqa: F401  programs look it up here
+from mamba_ssm.ops import _composites
 
 ops = torch.ops.mamba_ssm
 
@@ -230,23 +231,20 @@ def mamba_inner_ref(
     delta_softplus=True,
 ):
     """mamba_inner_fn composed of its parts, each with its own autograd node."""
-    x, z = xz.chunk(2, dim=1)
-    x, _ = ops.causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, silu=True)
-    dt_rank = delta_proj_weight.shape[1]
-    projected = x_proj_weight @ x  # (batch, dt_rank + rows of B + rows of C, seqlen)
-    delta = delta_proj_weight @ projected[:, :dt_rank]
-    rows = A.shape[1] * (2 if A.is_complex() else 1)
-
-    def per_time(rows_of_state, bias):  # (batch, rows, seqlen)
-        if bias is not None:
-            rows_of_state = rows_of_state + bias.to(rows_of_state.dtype)[:, None]
-        if A.is_complex():  # rows 2n, 2n + 1 are a pair along the last axis
-            rows_of_state = rows_of_state.unflatten(1, (-1, 2)).movedim(2, -1).flatten(-2)
-        return rows_of_state
-
-    if B is None:
-        B = per_time(projected[:, dt_rank : dt_rank + rows], B_proj_bias)
-    if C is None:
-        C = per_time(projected[:, projected.shape[1] - rows :], C_proj_bias)
-    y = selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    return _composites.mamba_inner(
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        out_proj_weight,
+        out_proj_bias,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        B_proj_bias,
+        C_proj_bias,
+        delta_softplus=bool(delta_softplus),
+    )
