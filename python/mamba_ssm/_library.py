@@ -74,18 +74,18 @@ class _NoBindings(importlib.abc.MetaPathFinder):
             )
 
 
-def _load() -> str:
-    """Registers everything, and returns a sentence that says which registration it is."""
+def _load() -> tuple[bool, str]:
+    """Registers everything. Whether libmamba_ssm.so does it, and a sentence that says who does."""
     _load_library(OPS_LIBRARY)
     reason = _why_python()
     if not reason:
         _load_library(LIBRARY)
-        return f"autograd and Meta are {LIBRARY.name}'s"
+        return True, f"autograd and Meta are {LIBRARY.name}'s"
     from mamba_ssm import _registration
 
     _registration.register()
     sys.meta_path.insert(0, _NoBindings())
-    return f"autograd and Meta are registered in Python: {reason}"
+    return False, f"autograd and Meta are registered in Python: {reason}"
 
 
-MODE = _load()
+NATIVE, MODE = _load()

@@ -107,10 +107,13 @@ def _undifferentiable_kernel(name):
     op = _op(name)
     written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
 
+    def op_below(*values):
+        return _below_autograd(op, _arguments(op, values, {}))
+
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *values):
-            return _below_autograd(op, _arguments(op, values, {}))
+            return op_below(*values)
 
         @staticmethod
         def backward(ctx, *incoming):
@@ -119,13 +122,14 @@ def _undifferentiable_kernel(name):
     def kernel(*args, **kwargs):
         arguments = _arguments(op, args, kwargs)
         if not _needs_gradient(arguments.values()):
-            return _below_autograd(op, arguments)
+            return op_below(*arguments.values())
         for tensor in map(arguments.get, written):
             if tensor is not None and tensor.requires_grad and tensor.is_leaf:
                 raise RuntimeError(
                     "a leaf Variable that requires grad is being used in an in-place operation."
                 )
-        return Node.apply(*arguments.values()) if op._schema.returns else _below_autograd(op, arguments)
+        run = Node.apply if op._schema.returns else op_below
+        return run(*arguments.values())
 
     Node.__name__ = Node.__qualname__ = name
     return kernel
@@ -323,7 +327,9 @@ def _fake_layer_norm_bwd(*args, **kwargs):
     scaled = a["rowscale"] is not None or has_mask
     dresidual = a["has_residual"] and (sum_dtype != dout.dtype or scaled)
     dx1 = a["has_x1"] and (has_mask or has_mask1)
-    like = {n: a[n] if a[n] is None else torch.empty_like(a[n]) for n in ("bias", "weight1", "bias1")}
+    like = {
+        n: a[n] if a[n] is None else torch.empty_like(a[n]) for n in ("bias", "weight1", "bias1")
+    }
     return (
         _rows(dout),
         torch.empty_like(a["weight"]),

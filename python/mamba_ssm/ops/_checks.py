@@ -4,9 +4,7 @@
 def sizes(op, name, tensor, *dims):
     """Sizes of `tensor`, which has as many dimensions as there are names in `dims`."""
     if tensor.dim() != len(dims):
-        raise RuntimeError(
-            f"{op}: {name} must have shape {_text(dims)}, got {_text(tensor.shape)}"
-        )
+        raise RuntimeError(f"{op}: {name} must have shape {_text(dims)}, got {_text(tensor.shape)}")
     return tensor.shape
 
 

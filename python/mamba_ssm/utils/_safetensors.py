@@ -6,9 +6,7 @@ def save_safetensors(tensors, path):
     try:
         from safetensors.torch import save_file
     except ImportError:
-        from mamba_ssm import _C
-
-        _C.save_safetensors(str(path), tensors, {"format": "pt"})
+        _own().save_safetensors(str(path), tensors, {"format": "pt"})
     else:
         save_file(tensors, path, metadata={"format": "pt"})
 
@@ -19,13 +17,20 @@ def load_safetensors(path):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        from mamba_ssm import _C
-
+        own = _own()
         try:
-            return _C.load_safetensors(str(path))
+            return own.load_safetensors(str(path))
         except RuntimeError as error:  # "load_safetensors: PATH: FAULT"
             raise ValueError(str(error).partition(": ")[2]) from None
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _own():
+    try:
+        from mamba_ssm import _C
+    except ImportError as error:
+        raise ImportError(f"{error} For files of tensors, `pip install safetensors`.") from None
+    return _C
