@@ -93,20 +93,22 @@ need_catch2() {
   fi
 }
 
-# Builds both distributions and installs them into the environment; the build tree stays, so that
+# run_build TESTS COMMAND...: builds both distributions through pip COMMAND; the build tree stays, so that
 # the next run compiles only what changed. Without a GPU one architecture shows that CUDA compiles.
-build_and_install() {
+run_build() {
   need_modules scikit_build_core=scikit-build-core pybind11=pybind11
   if [ -z "${MAMBA_SSM_CUDA_ARCHS:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
     export MAMBA_SSM_CUDA_ARCHS=90-real
   fi
-  say "building and installing mamba_ssm and causal_conv1d"
+  say "building mamba_ssm and causal_conv1d: pip $2"
   local log=$root/build/install.log
   mkdir -p "$root/build"
-  if ! MAMBA_SSM_EXAMPLES=ON MAMBA_SSM_TESTS=${1:-OFF} "$python" -m pip install -v --no-deps \
-      --no-build-isolation --force-reinstall -Cbuild-dir="$build" . ./python/causal_conv1d >"$log" 2>&1; then
+  if ! MAMBA_SSM_EXAMPLES=ON MAMBA_SSM_TESTS=$1 "$python" -m pip "${@:2}" -v --no-deps \
+      --no-build-isolation -Cbuild-dir="$build" . ./python/causal_conv1d >"$log" 2>&1; then
     tail -n 60 "$log" >&2
     give_up "The build failed; its whole output is in build/install.log."
   fi
   grep -E '^ *-- (mamba_ssm|  )' "$log" | sed 's/^ *-- //' || true
 }
+
+build_and_install() { run_build "${1:-OFF}" install --force-reinstall; }
