@@ -37,6 +37,13 @@ def _load_library(path: Path) -> None:
         ) from error
 
 
+def _check_torch() -> None:
+    if tuple(map(int, _minor(torch.__version__).split("."))) < (2, 10):
+        raise ImportError(
+            f"mamba_ssm: torch {torch.__version__} is running; torch 2.10 or newer is needed."
+        )
+
+
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
@@ -76,6 +83,7 @@ class _NoBindings(importlib.abc.MetaPathFinder):
 
 def _load() -> tuple[bool, str]:
     """Registers everything. Whether libmamba_ssm.so does it, and a sentence that says who does."""
+    _check_torch()
     _load_library(OPS_LIBRARY)
     reason = _why_python()
     if not reason:

@@ -82,7 +82,7 @@ def _autograd_kernel(name):
             tensors = {n: v for n, v in saved.items() if isinstance(v, torch.Tensor)}
             ctx.save_for_backward(*tensors.values())
             ctx.tensor_names = tuple(tensors)
-            ctx.others = {n: v for n, v in saved.items() if n not in tensors}
+            ctx.others = {n: None if n in tensors else v for n, v in saved.items()}  # in order
             ctx.set_materialize_grads(False)
             return results
 

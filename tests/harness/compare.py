@@ -131,7 +131,11 @@ def run(call):
         results = call.invoke(**arguments)
         gradients = {}
         if leaves:
-            used = [name for name, g in call.cotangents.items() if g is not None]
+            used = [
+                name
+                for name, cotangent in call.cotangents.items()
+                if cotangent is not None and results[name].requires_grad
+            ]
             gradients = torch.autograd.grad(
                 [results[name] for name in used],
                 [arguments[name] for name in leaves],

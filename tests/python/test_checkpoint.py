@@ -16,6 +16,7 @@ import zipfile
 
 import pytest
 import torch
+from harness.registration import import_bindings
 
 from mamba_ssm import MambaLMHeadModel
 from mamba_ssm.models import mixer_seq_simple
@@ -71,6 +72,7 @@ def package(request, monkeypatch):
     if request.param == "safetensors":
         pytest.importorskip("safetensors")
     else:
+        import_bindings()
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     return request.param
 

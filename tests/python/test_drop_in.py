@@ -191,7 +191,7 @@ for config.ssm_cfg in ({{"layer": "Mamba1"}}, {{"layer": "Mamba2", "headdim": 4}
     tokens = model.generate(torch.zeros(1, 3, dtype=torch.long), 5)
     model(tokens).logits.sum().backward()
 assert tokens.shape == (1, 5)
-if {error} in (ModuleNotFoundError, ImportError):
+if {error} in (ModuleNotFoundError, ImportError) and mamba_ssm._library.NATIVE:
     model.save_pretrained({str(tmp_path)!r})
     mamba_ssm.MambaLMHeadModel.from_pretrained({str(tmp_path)!r})
 assert not torch.cuda.is_initialized()

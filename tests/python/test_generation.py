@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harness import replay
+from harness.registration import import_bindings
 from mamba_ssm import MambaLMHeadModel, bench
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import CausalLMOutput
@@ -641,7 +642,7 @@ def test_few_graphs_of_prompts_are_kept(monkeypatch):
     ids=str,
 )
 def test_cpp_draws_the_same_tokens(tmp_path, layers, dtype, options):
-    _C = pytest.importorskip("mamba_ssm._C", exc_type=ImportError)
+    _C = import_bindings()
     model, tokens = make(layers=layers, dtype=dtype), prompts()
     twin = _C.MambaLMHeadModel.from_pretrained(saved(model, tmp_path), dtype=dtype)
     python, cpp = Streamer(), []
@@ -661,7 +662,7 @@ def test_cpp_draws_the_same_tokens(tmp_path, layers, dtype, options):
 @recurrent_layers
 def test_cpp_graphs(device, tmp_path, layers):
     """Steps of a graph give the tokens of plain steps; on a CPU nothing is captured."""
-    _C = pytest.importorskip("mamba_ssm._C", exc_type=ImportError)
+    _C = import_bindings()
     if device != "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip("torch has graphs in C++ from 2.13 on")
     folder, tokens = saved(make(layers=layers, dtype=torch.float32), tmp_path), prompts(device)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from harness.registration import import_bindings
 
 from mamba_ssm import Mamba2, MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
@@ -93,6 +94,7 @@ def package(request, monkeypatch):
     if request.param == "safetensors":
         pytest.importorskip("safetensors")
     else:
+        import_bindings()
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     return request.param
 

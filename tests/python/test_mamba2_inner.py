@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from harness import cases, compare, properties
+from harness.registration import fused_only
 from mamba_ssm.ops.triton.ssd_combined import (
     mamba_split_conv1d_scan_combined,
     mamba_split_conv1d_scan_ref,
@@ -147,6 +148,7 @@ def test_packed_equals_separate(case, device):
     torch.testing.assert_close(by_ids, call.invoke(initial_states=None)["out"])
 
 
+@fused_only
 @pytest.mark.parametrize("norm", [False, True])
 def test_keeps_little(norm, device):
     """The node holds zxbcdt and y, neither what the convolution nor what the norm returns."""
@@ -274,6 +276,7 @@ def test_function_takes_what_callers_pass(device):
         mamba_split_conv1d_scan_combined(*positional, D, 0, **named)
 
 
+@fused_only
 @pytest.mark.parametrize("options", [{}, {"norm": False}, {"d_model": None}, {"packing": "packed"}])
 def test_moves_nothing(options, device):
     """The block copies no tensor of its activations, forward or backward."""

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from harness import cases, compare, properties
+from harness.registration import fused_only
 
 BASE = cases.Inner()
 ROWS = cases.variations(
@@ -88,6 +89,7 @@ def test_gradient_subsets(case, device):
         torch.testing.assert_close(one[name], everything[name], rtol=1e-5, atol=1e-5)
 
 
+@fused_only
 def test_checkpointing_keeps_less(device):
     """Level 1 holds neither the convolved x nor delta for the backward."""
 
@@ -126,6 +128,7 @@ def test_autocast_casts_the_projections(autocast_dtype, device):
         assert gradient.isfinite().all()
 
 
+@fused_only
 @pytest.mark.parametrize("layout", ["contiguous", "channels, batch, time", "channel-last"])
 @pytest.mark.parametrize("options", [{}, {"out_bias": False, "proj_bias": True}, {"rms": True}])
 def test_moves_nothing(layout, options, device):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from harness import properties
+from harness.registration import fused_only
 
 from mamba_ssm import Mamba
 from mamba_ssm.utils.generation import InferenceParams
@@ -244,7 +245,7 @@ def test_empty(device, shape):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("use_fast_path", [False, True])
+@pytest.mark.parametrize("use_fast_path", [False, pytest.param(True, marks=fused_only)])
 def test_moves_nothing(device, bias, use_fast_path):
     """From tokens to gradients no activation is copied from one layout into another."""
     block = Mamba(8, d_state=4, bias=bias, use_fast_path=use_fast_path, device=device)

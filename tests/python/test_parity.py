@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.registration import import_bindings
 from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.utils.generation import InferenceParams
 
-_C = pytest.importorskip("mamba_ssm._C", exc_type=ImportError)
+_C = import_bindings()
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"d_model": 12, "d_state": 5}

@@ -12,10 +12,9 @@ from harness import cases, compare, poison
 from mamba_ssm import _library, doctor
 
 TESTS = pathlib.Path(__file__).parents[1]
-HAS_NATIVE = (
-    _library.LIBRARY.is_file()
-    and _library._minor(_library.TORCH_VERSION) == _library._minor(torch.__version__)
-)
+HAS_NATIVE = _library.LIBRARY.is_file() and _library._minor(
+    _library.TORCH_VERSION
+) == _library._minor(torch.__version__)
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"no libmamba_ssm.so: {_library.MODE}")
 needs_python = pytest.mark.skipif(_library.NATIVE, reason="MAMBA_SSM_REGISTRATION is not python")
 
@@ -38,7 +37,9 @@ def run(program, registration=None, check=True):
 @needs_native
 @pytest.mark.parametrize("registration", [None, "native"])
 def test_native(registration):
-    mode = run("from mamba_ssm import _library; print(_library.NATIVE, _library.MODE)", registration)
+    mode = run(
+        "from mamba_ssm import _library; print(_library.NATIVE, _library.MODE)", registration
+    )
     assert mode == "True autograd and Meta are libmamba_ssm.so's\n"
 
 
@@ -149,7 +150,9 @@ def test_same_bits(tmp_path):
 
 
 @needs_python
-@pytest.mark.parametrize("stem", ["causal_conv1d", "selective_scan", "ssd_chunk_scan", "layer_norm"])
+@pytest.mark.parametrize(
+    "stem", ["causal_conv1d", "selective_scan", "ssd_chunk_scan", "layer_norm"]
+)
 def test_planted_wrong_gradient(stem, monkeypatch):
     from mamba_ssm import _registration
 

@@ -16,6 +16,7 @@ import types
 
 import pytest
 import torch
+from harness.registration import bindings_only
 
 from mamba_ssm import MambaLMHeadModel, text, train
 from mamba_ssm.__main__ import main
@@ -239,6 +240,7 @@ def test_learning_rate():
     assert trainer.learning_rate() == pytest.approx(1 + train.LAST_LR)
 
 
+@bindings_only  # without the package safetensors
 def test_without_extras(tmp_path, monkeypatch, capsys):
     """Lines instead of a bar, no curve, and the files' format from our own library."""
     monkeypatch.setattr(train, "tqdm", None)
