@@ -60,9 +60,9 @@ def _arguments(op, args, kwargs):
 # Autograd ---------------------------------------------------------------------------------------
 
 
-def _below_autograd(op, arguments):
+def _below_autograd(op, *args, **kwargs):
     with torch._C._AutoDispatchBelowAutograd():
-        return op(**arguments)
+        return op(*args, **kwargs)
 
 
 def _autograd_kernel(name):
@@ -93,10 +93,11 @@ def _autograd_kernel(name):
             return tuple(gradients.get(a.name) for a in op._schema.arguments)
 
     def kernel(*args, **kwargs):
-        arguments = _arguments(op, args, kwargs)
-        if _needs_gradient(arguments[name] for name in wanted):
-            return Node.apply(*arguments.values())
-        return _below_autograd(op, arguments)
+        if torch.is_grad_enabled():
+            arguments = _arguments(op, args, kwargs)
+            if _any_requires_grad(arguments[name] for name in wanted):
+                return Node.apply(*arguments.values())
+        return _below_autograd(op, *args, **kwargs)
 
     Node.__name__ = Node.__qualname__ = name
     return kernel
@@ -107,38 +108,33 @@ def _undifferentiable_kernel(name):
     op = _op(name)
     written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
 
-    def op_below(*values):
-        return _below_autograd(op, _arguments(op, values, {}))
-
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *values):
-            return op_below(*values)
+            return _below_autograd(op, **_arguments(op, values, {}))
 
         @staticmethod
         def backward(ctx, *incoming):
             raise NotImplementedError(f"derivative for mamba_ssm::{name} is not implemented")
 
     def kernel(*args, **kwargs):
-        arguments = _arguments(op, args, kwargs)
-        if not _needs_gradient(arguments.values()):
-            return op_below(*arguments.values())
-        for tensor in map(arguments.get, written):
-            if tensor is not None and tensor.requires_grad and tensor.is_leaf:
-                raise RuntimeError(
-                    "a leaf Variable that requires grad is being used in an in-place operation."
-                )
-        run = Node.apply if op._schema.returns else op_below
-        return run(*arguments.values())
+        if torch.is_grad_enabled():
+            arguments = _arguments(op, args, kwargs)
+            for tensor in map(arguments.get, written):
+                if tensor is not None and tensor.requires_grad and tensor.is_leaf:
+                    raise RuntimeError(
+                        "a leaf Variable that requires grad is being used in an in-place operation."
+                    )
+            if op._schema.returns and _any_requires_grad(arguments.values()):
+                return Node.apply(*arguments.values())
+        return _below_autograd(op, *args, **kwargs)
 
     Node.__name__ = Node.__qualname__ = name
     return kernel
 
 
-def _needs_gradient(values):
-    return torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in values
-    )
+def _any_requires_grad(values):
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _gradients(name):
@@ -157,7 +153,7 @@ def _formula(name):
     count = len(_op(name)._schema.returns)
 
     def forward(arguments):
-        results = _below_autograd(run, arguments)
+        results = _below_autograd(run, **arguments)
         if count == 1:
             return results, arguments
         return results[:count], arguments | dict(enumerate(results[count:]))
@@ -175,7 +171,7 @@ def _formula(name):
 
 def _layer_norm(arguments):
     """Keeps the sum instead of its parts."""
-    out, out1, total = _below_autograd(_ops.layer_norm.default, arguments | {"prenorm": True})
+    out, out1, total = _below_autograd(_ops.layer_norm.default, **(arguments | {"prenorm": True}))
     parts = {name: arguments[name] for name in ("x", "residual", "x1")}
     options = ("prenorm", "residual_in_fp32")
     saved = {n: v for n, v in arguments.items() if n not in parts and n not in options}

@@ -578,7 +578,8 @@ def test_script_archive(tmp_path):
     write_pickle(make(), tmp_path)
     script = torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1))
     torch.jit.save(script, tmp_path / "pytorch_model.bin")
-    with pytest.raises(RuntimeError, match="TorchScript"):
+    # It holds compressed paths of source files, which may be longer than the rest.
+    with pytest.raises((RuntimeError, ValueError), match="TorchScript|a compressed archive"):
         load_pickle(tmp_path)
 
 

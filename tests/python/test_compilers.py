@@ -431,7 +431,8 @@ SLOW |= {("MambaLMHeadModel", "compile")}
 # What an error has to say.
 SENTENCES = {
     "vmap": "Batching rule not implemented for mamba_ssm::",
-    "func.grad": r"cannot use C\+\+ torch::autograd::Function with functorch transforms",
+    "func.grad": r"cannot use C\+\+ torch::autograd::Function with functorch transforms|"
+    r"to use an autograd.Function with functorch transforms .*must override the setup_context",
     "ONNX": r"(No ONNX function found for|Error when translating node) .*mamba_ssm\.|"
     "unrecognized namespace mamba_ssm::",
 }

@@ -10,6 +10,8 @@ import subprocess
 import mamba_ssm
 import pytest
 import torch
+from mamba_ssm import _registration
+from mamba_ssm.ops import _composites
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPS_LIBRARY = pathlib.Path(mamba_ssm.__file__).parent / "lib" / "libmamba_ssm_ops.so"
@@ -104,6 +106,11 @@ def test_files(op):
         and not list(ROOT.glob(path.replace("X", stem(op))))
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_registered_in_python(op):
+    assert op in (_composites.OPS if op in COMPOSITES else _registration.FAKES)
 
 
 @pytest.mark.parametrize("op", OPS)
