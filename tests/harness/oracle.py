@@ -19,6 +19,7 @@ is the worst of several.
 An operation that updates a state in place returns the new state among its results here.
 """
 
+import math
 import dataclasses
 
 import torch
@@ -349,7 +350,7 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
 
 
 def softplus(x):
-    return torch.where(x <= 20, torch.log1p(torch.exp(x.clamp(max=20))), x)
+    return torch.where(x <= 20, torch.log1p(torch.exp(torch.where(x <= 20, x, 20))), x)
 
 
 def _per_channel(M, dim, batch, seqlen, pairs):
@@ -473,7 +474,9 @@ def ssd_chunk_scan(
     d = dt if dt_bias is None else dt + dt_bias
     if dt_softplus:
         d = softplus(d)
-    d = d.clamp(dt_min, dt_max)
+    # A step at a limit has its own derivative; that of torch's clamp is another since torch 2.14.
+    within = (d >= dt_min) & (d <= (math.inf if dt_max is None else dt_max))
+    d = torch.where(within, d, d.detach().clamp(dt_min, dt_max))
     head_group = [h // (nheads // B.shape[2]) for h in range(nheads)]
     B, C = B[:, :, head_group], C[:, :, head_group]
 
