@@ -19,8 +19,8 @@ is the worst of several.
 An operation that updates a state in place returns the new state among its results here.
 """
 
-import math
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
