@@ -267,6 +267,25 @@ def test_plain_scan_has_gradients():
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
+def test_steps_at_their_limits(device):
+    """They have the derivative of the steps between, in the op and in plain PyTorch."""
+    a, _ = make(torch.float64, device, seqlen=4)
+    x, A, B, C = (a[name] for name in ("x", "A", "B", "C"))
+    dt = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64, device=device)
+    dt = dt[None, :, None].expand(a["dt"].shape).clone().requires_grad_()
+    limit = {"dt_limit": (0.0, 1.0)}
+    outs = [
+        ssd_combined.mamba_chunk_scan_combined(x, dt, A, B, C, 3, **limit),
+        ssd_combined.ssd_selective_scan(x, dt, A, B, C, **limit),
+    ]
+    op, plain = (torch.autograd.grad(out.sum(), dt)[0] for out in outs)
+    torch.testing.assert_close(plain, op)
+    assert (op[:, :3] != 0).all() and (op[:, 3] == 0).all()
+    d = ssd_chunk_state._chunk_cumsum_fwd(dt, A, 4, **limit)[1]
+    (ddt,) = torch.autograd.grad(d.sum(), dt)
+    assert (ddt[:, :3] == 1).all() and (ddt[:, 3] == 0).all()
+
+
 @TYPES
 @pytest.mark.parametrize("limits", [False, True])
 @pytest.mark.parametrize("softplus", [False, True])

@@ -7,6 +7,13 @@ def compute_dtype(tensor):
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def clamp_steps(d, dt_limit):
+    """d within dt_limit. A step at a limit has its own derivative, as in the op ssd_chunk_scan; with
+    torch's clamp it depends on the version of torch (2.14: 0)."""
+    low, high = dt_limit
+    return torch.where((d >= low) & (d <= high), d, d.detach().clamp(low, high))
+
+
 def chunked(M, chunk_size):
     """(batch, seqlen, ...) as (batch, nchunks, chunk_size, ...), zeros behind the last token."""
     nchunks = -(-M.shape[1] // chunk_size)

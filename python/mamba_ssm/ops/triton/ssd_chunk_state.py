@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from mamba_ssm.ops.triton._chunks import (
     chunked,
+    clamp_steps,
     compute_dtype,
     per_head,
     sequence_of,
@@ -43,7 +44,7 @@ def _steps(dt, dt_bias, chunk_size, dt_softplus, dt_limit):
         d = d + dt_bias.to(dtype)
     if dt_softplus:
         d = F.softplus(d)
-    return chunked(d.clamp(*dt_limit), chunk_size).permute(0, 3, 1, 2)
+    return chunked(clamp_steps(d, dt_limit), chunk_size).permute(0, 3, 1, 2)
 
 
 def _chunk_cumsum_bwd(

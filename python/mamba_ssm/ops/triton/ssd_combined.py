@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-from mamba_ssm.ops.triton._chunks import chunked, compute_dtype, sequence_ids
+from mamba_ssm.ops.triton._chunks import chunked, clamp_steps, compute_dtype, sequence_ids
 from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn  # noqa: F401
 
 # Not all used here: programs also take the parts from this module.
@@ -310,7 +310,7 @@ def ssd_selective_scan(
     # Behind softplus nothing is negative: the default limits change nothing.
     if not dt_softplus or tuple(dt_limit) != (0.0, float("inf")) or d.dtype != x.dtype:
         d = d.to(dtype) if bias is None else d.to(dtype) + bias.to(dtype)
-        d = (F.softplus(d) if dt_softplus else d).clamp(*dt_limit).to(x.dtype)
+        d = clamp_steps(F.softplus(d) if dt_softplus else d, dt_limit).to(x.dtype)
         bias, dt_softplus = None, False
     out = selective_scan_fn(
         x.flatten(2).mT,
