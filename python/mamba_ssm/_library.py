@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from mamba_ssm._build_info import TORCH_VERSION
-
 LIBRARY_DIR = Path(__file__).parent / "lib"
 OPS_LIBRARY = LIBRARY_DIR / "libmamba_ssm_ops.so"
 LIBRARY = LIBRARY_DIR / "libmamba_ssm.so"
@@ -48,6 +46,13 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def _built_for() -> str:
+    """The minor version of torch that libmamba_ssm.so belongs to."""
+    from mamba_ssm._build_info import TORCH_VERSION
+
+    return _minor(TORCH_VERSION)
+
+
 def _why_python() -> str:
     """Why the registration is that in Python; empty where it is libmamba_ssm.so's."""
     wanted = os.environ.get(VARIABLE, "")
@@ -57,14 +62,14 @@ def _why_python() -> str:
         return f"{VARIABLE} is python"
     if not LIBRARY.is_file():
         reason = f"{LIBRARY.name} is not installed"
-    elif _minor(torch.__version__) != _minor(TORCH_VERSION):
-        reason = f"{LIBRARY.name} is built for torch {_minor(TORCH_VERSION)}"
+    elif _minor(torch.__version__) != _built_for():
+        reason = f"{LIBRARY.name} is built for torch {_built_for()}"
     else:
         return ""
     if wanted == "native":
         raise ImportError(
             f"mamba_ssm: {VARIABLE} is native, but {reason} and torch {torch.__version__} is "
-            f"running. Install torch {_minor(TORCH_VERSION)}, build mamba_ssm again for the "
+            f"running. Install torch {_built_for()}, build mamba_ssm again for the "
             f"running version, or unset {VARIABLE}."
         )
     return reason
@@ -77,7 +82,7 @@ class _NoBindings(importlib.abc.MetaPathFinder):
         if fullname == "mamba_ssm._C":
             raise ImportError(
                 f"mamba_ssm._C, the C++ modules, needs {LIBRARY.name} and torch "
-                f"{_minor(TORCH_VERSION)}, but {MODE}."
+                f"{_built_for()}, but {MODE}."
             )
 
 

@@ -12,9 +12,9 @@ from harness import cases, compare, poison
 from mamba_ssm import _library, doctor
 
 TESTS = pathlib.Path(__file__).parents[1]
-HAS_NATIVE = _library.LIBRARY.is_file() and _library._minor(
-    _library.TORCH_VERSION
-) == _library._minor(torch.__version__)
+HAS_NATIVE = (
+    _library.LIBRARY.is_file() and _library._minor(torch.__version__) == _library._built_for()
+)
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"no libmamba_ssm.so: {_library.MODE}")
 needs_python = pytest.mark.skipif(_library.NATIVE, reason="MAMBA_SSM_REGISTRATION is not python")
 

@@ -259,14 +259,14 @@ def _check_mamba2_inner(zxbcdt, conv1d_weight, A, headdim, ngroups, **others):
         "zxbcdt must have 2 * d_nonssm + 2 * dim + 2 * ngroups * dstate + nheads = 2 * d_nonssm + "
         f"{least} columns, got {zxbcdt.shape[2]}",
     )
-    width = (zxbcdt.shape[2] - least) // 2 + dim
+    read = (zxbcdt.shape[2] - least) // 2 + dim  # by out_proj
     shape("dt_bias", nheads=nheads)
     shape("norm_weight", dim=dim)
     shape("conv1d_bias", **{"dim + 2 * ngroups * dstate": channels})
     weight = others["out_proj_weight"]
     if weight is not None:
         d_model, _ = _checks.sizes(op, "out_proj_weight", weight, "d_model", "d_nonssm + dim")
-        shape("out_proj_weight", **{"d_model": d_model, "d_nonssm + dim": width})
+        shape("out_proj_weight", **{"d_model": d_model, "d_nonssm + dim": read})
         shape("out_proj_bias", d_model=d_model)
     require(
         weight is not None or others["out_proj_bias"] is None, "out_proj_bias needs out_proj_weight"
