@@ -20,10 +20,10 @@ SELECTIVE_SCAN_CHUNK = 32  # kSelectiveScanChunk of <mamba_ssm/limits.h>
 
 def register():
     """Registers all, each only where nothing is registered yet."""
-    for name, (schema, function) in _composites.OPS.items():
+    for name, (keys, schema, function) in _composites.OPS.items():
         if not hasattr(_ops, name):
             _library.define(name + schema)
-        for key in ("Autograd", "CompositeExplicitAutograd"):
+        for key in keys:
             _implement(name, function, key)
     for name, fake in FAKES.items():
         if not _has_kernel(name, "Meta"):
@@ -303,6 +303,21 @@ def _fake_rms_norm_gated(x, *args, **kwargs):
     return _rows(x)
 
 
+def _fake_decode_linear(x, weight, *args, **kwargs):
+    rows, _ = _checks.sizes("decode_linear", "x", x, "rows", "in_features")
+    features, _ = _checks.sizes("decode_linear", "weight", weight, "out_features", "in_features")
+    return x.new_empty(rows, features)
+
+
+def _fake_decode_linear_prenorm(x, weight, *args, **kwargs):
+    residual, dtype = kwargs.get("residual"), x.dtype
+    if residual is not None:
+        dtype = residual.dtype
+    elif kwargs.get("residual_in_fp32"):
+        dtype = _accumulate_type(dtype)
+    return _fake_decode_linear(x, weight), _rows(x, dtype)
+
+
 def _fake_layer_norm(*args, **kwargs):
     a = _arguments(_ops.layer_norm.default, args, kwargs)
     x, sum_dtype = a["x"], None
@@ -359,6 +374,8 @@ FAKES = {
     "rms_norm_gated": _fake_rms_norm_gated,
     "rms_norm_gated_bwd": _fake_gradients("rms_norm_gated_bwd", x=_rows, z=_rows),
     "rms_norm_gated_bwd_out": _nothing,
+    "decode_linear": _fake_decode_linear,
+    "decode_linear_prenorm": _fake_decode_linear_prenorm,
     "layer_norm": _fake_layer_norm,
     "layer_norm_bwd": _fake_layer_norm_bwd,
 }

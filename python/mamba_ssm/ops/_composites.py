@@ -1,4 +1,4 @@
-"""mamba_inner and mamba2_inner composed of their parts, each with its own autograd node.
+"""The ops that are made of others, composed of these, each with its own autograd node.
 
 They compute what the ops of csrc/autograd compute, and are these ops where libmamba_ssm.so is not
 loaded. The backward reads what the forward keeps: nothing is computed a second time.
@@ -165,6 +165,29 @@ def mamba2_inner(
         return y, final_states
 
 
+def step_linear(x, weight, bias=None, *, z=None, norm_weight=None, eps=1e-6):
+    """x weight^T + bias, of x normalized as rms_norm_gated does it behind its gate."""
+    if norm_weight is not None:
+        x = ops.rms_norm_gated(x, norm_weight, None, z, eps=eps, norm_before_gate=False)
+    return F.linear(x, weight, bias)
+
+
+def step_linear_prenorm(
+    x, weight, bias=None, *, residual=None, norm_weight, eps=1e-6, residual_in_fp32=False
+):
+    """step_linear of x + residual, normalized, and that sum."""
+    normed, _, total = ops.layer_norm(
+        x,
+        norm_weight,
+        residual=residual,
+        eps=eps,
+        prenorm=True,
+        residual_in_fp32=residual_in_fp32,
+        is_rms_norm=True,
+    )
+    return F.linear(normed, weight, bias), x.clone() if total is None else total
+
+
 def _rows_of_state(A):
     """Rows of x_proj_weight that B or C takes: a complex state takes two."""
     return A.shape[1] * (2 if A.is_complex() else 1)
@@ -273,9 +296,12 @@ def _check_mamba2_inner(zxbcdt, conv1d_weight, A, headdim, ngroups, **others):
     )
 
 
-# Schemas as in csrc/autograd/mamba_inner.cpp and mamba2_inner.cpp.
+# (keys, schema, function), as in csrc/autograd: the blocks are ops of their own for what traces.
+_BLOCK = ("Autograd", "CompositeExplicitAutograd")
+_PARTS = ("CompositeImplicitAutograd",)
 OPS = {
     "mamba_inner": (
+        _BLOCK,
         "(Tensor xz, Tensor conv1d_weight, Tensor? conv1d_bias, Tensor x_proj_weight, "
         "Tensor delta_proj_weight, Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, "
         "Tensor? B=None, Tensor? C=None, Tensor? D=None, Tensor? delta_bias=None, "
@@ -285,6 +311,7 @@ OPS = {
         mamba_inner,
     ),
     "mamba2_inner": (
+        _BLOCK,
         "(Tensor zxbcdt, Tensor conv1d_weight, Tensor? conv1d_bias, Tensor A, int headdim, "
         "int ngroups=1, Tensor? D=None, Tensor? dt_bias=None, Tensor? norm_weight=None, "
         "Tensor? out_proj_weight=None, Tensor? out_proj_bias=None, Tensor? initial_states=None, "
@@ -292,5 +319,18 @@ OPS = {
         "bool norm_before_gate=True, float dt_min=0.0, float? dt_max=None) -> "
         "(Tensor out, Tensor final_states)",
         mamba2_inner,
+    ),
+    "step_linear": (
+        _PARTS,
+        "(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? z=None, "
+        "Tensor? norm_weight=None, float eps=1e-6) -> Tensor",
+        step_linear,
+    ),
+    "step_linear_prenorm": (
+        _PARTS,
+        "(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? residual=None, "
+        "Tensor norm_weight, float eps=1e-6, bool residual_in_fp32=False) -> "
+        "(Tensor out, Tensor residual_out)",
+        step_linear_prenorm,
     ),
 }
