@@ -94,7 +94,8 @@ need_catch2() {
 }
 
 # run_build TESTS COMMAND...: builds both distributions through pip COMMAND; the build tree stays, so that
-# the next run compiles only what changed. Without a GPU one architecture shows that CUDA compiles.
+# the next run compiles only what changed. Without a GPU one architecture shows that CUDA compiles. With TESTS
+# ON warnings are errors: in users' builds a newer compiler may have more.
 run_build() {
   need_modules scikit_build_core=scikit-build-core pybind11=pybind11
   if [ -z "${MAMBA_SSM_CUDA_ARCHS:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
@@ -104,7 +105,8 @@ run_build() {
   local log=$root/build/install.log
   mkdir -p "$root/build"
   if ! MAMBA_SSM_EXAMPLES=ON MAMBA_SSM_TESTS=$1 "$python" -m pip "${@:2}" -v --no-deps \
-      --no-build-isolation -Cbuild-dir="$build" . ./python/causal_conv1d >"$log" 2>&1; then
+      --no-build-isolation -Cbuild-dir="$build" -Ccmake.define.CMAKE_COMPILE_WARNING_AS_ERROR="$1" \
+      . ./python/causal_conv1d >"$log" 2>&1; then
     tail -n 60 "$log" >&2
     give_up "The build failed; its whole output is in build/install.log."
   fi

@@ -15,11 +15,12 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// Walking channels.
-constexpr int kRows = 4;      // tokens of a stage; after four the window is back in its registers
+// Walking channels; double does not.
+[[maybe_unused]] constexpr int kRows =
+    4;                        // tokens of a stage; after four the window is back in its registers
 constexpr int kResident = 6;  // blocks of a multiprocessor
-// Walking tokens.
-constexpr int kSteps = 6;  // vectors of a thread, all in flight at once
+// Walking tokens; double does not.
+[[maybe_unused]] constexpr int kSteps = 6;  // vectors of a thread, all in flight at once
 
 /// The token that final states continue: the last one that is not padding. Whole warps only.
 template <bool kPacked>

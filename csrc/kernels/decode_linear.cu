@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(kThreads) by_elements(const DecodeLinearParams
 
 /// Threads of a team: enough for all of a row to be on its way at once, and more where there are
 /// few outputs. It depends on the weight alone, so that a row's sums do not depend on the others.
-int team_for(int64_t vectors, int64_t out_features) {
+/// double, which never goes by vectors, does without.
+[[maybe_unused]] int team_for(int64_t vectors, int64_t out_features) {
   constexpr int64_t kThreadsPerSm = 768;
   constexpr int kAtOnce = 4;
   const int64_t wanted = multiprocessor_count() * kThreadsPerSm;
@@ -327,7 +328,7 @@ int team_for(int64_t vectors, int64_t out_features) {
 }
 
 /// Features whose operands fit a block's shared memory on every GPU.
-constexpr int64_t kMostNormed = 12 * 1024;
+[[maybe_unused]] constexpr int64_t kMostNormed = 12 * 1024;
 
 template <class T>
 bool is_by_vectors(const DecodeLinearParams& p) {

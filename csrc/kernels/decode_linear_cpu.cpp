@@ -59,7 +59,7 @@ void row_outputs(const DecodeLinearParams& p, int64_t row, int64_t begin, int64_
   S scale = 1;
   if (norm_weight && p.in_features > 0) {
     const S mean = sum_of<S>(squares) / static_cast<S>(p.in_features);
-    scale = 1 / __builtin_sqrt(mean + static_cast<S>(p.eps));
+    scale = static_cast<S>(1 / __builtin_sqrt(mean + static_cast<S>(p.eps)));
   }
   for (int64_t o = begin; o < end; ++o) {
     V v = {};

@@ -72,14 +72,14 @@ template <class T>
 unsigned vector_bit(const View<3>& v, VectorBit bit) {
   const bool allowed =
       given(v) && v.stride[2] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1]);
-  return allowed ? bit : 0;
+  return allowed ? bit : VectorBit{};
 }
 
 template <class T>
 unsigned vector_bit(const View<4>& v, VectorBit bit) {
   const bool allowed =
       v.stride[3] == 1 && allows_vectors<T>(v.data, v.stride[0], v.stride[1], v.stride[2]);
-  return allowed ? bit : 0;
+  return allowed ? bit : VectorBit{};
 }
 
 /// How a call of the shared path is cut into blocks. Sizes and positions fit 32 bits there

@@ -33,16 +33,16 @@ __host__ __device__ constexpr int tile_size(int columns) { return kChunk * colum
 template <class T>
 struct MmaPlan {
   StepSpace<float> steps;
-  Segments segments;  // of the walk
-  int64_t subsets;    // of the block heads of a group, each with a block of its own per chunk
-  bool vector_dx;
-  float* D;          // (heads, kBlockDim), 0 behind headdim
-  T* states;         // (slots, heads), before each chunk: tiles (kBlockDim, kStates)
-  T* dstates;        // likewise, behind each chunk
-  float* ends;       // (2, segment slots, heads): S behind, dS before a segment walked from 0
-  float* end_decay;  // likewise: what a segment leaves of the state before it
-  float* dB;         // (subsets, slots, ngroups, kChunk, dstate), with more than one subset
-  float* dC;         // likewise
+  Segments segments = {};  // of the walk
+  int64_t subsets = 0;     // of the block heads of a group, each with a block of its own per chunk
+  bool vector_dx = false;
+  float* D = nullptr;     // (heads, kBlockDim), 0 behind headdim
+  T* states = nullptr;    // (slots, heads), before each chunk: tiles (kBlockDim, kStates)
+  T* dstates = nullptr;   // likewise, behind each chunk
+  float* ends = nullptr;  // (2, segment slots, heads): S behind, dS before a segment walked from 0
+  float* end_decay = nullptr;  // likewise: what a segment leaves of the state before it
+  float* dB = nullptr;  // (subsets, slots, ngroups, kChunk, dstate), with more than one subset
+  float* dC = nullptr;  // likewise
 };
 
 /// How the threads of a block share the rows of tiles: eight threads per row, and so many rows at a

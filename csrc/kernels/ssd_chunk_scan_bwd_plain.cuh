@@ -22,12 +22,12 @@ constexpr int kPlainPitch = kPlainTile + 1;  // of rows in shared memory
 template <class Acc>
 struct PlainPlan {
   StepSpace<double> steps;
-  int64_t lot;                   // heads at a time
-  int64_t first_head, end_head;  // of this lot
-  Acc* states;                   // (slots, lot, headdim, dstate), before each chunk
-  Acc* dstates;                  // likewise, behind each chunk
-  Acc* dB;                       // (slots, ngroups, kChunk, dstate)
-  Acc* dC;                       // likewise
+  int64_t lot = 0;                       // heads at a time
+  int64_t first_head = 0, end_head = 0;  // of this lot
+  Acc* states = nullptr;                 // (slots, lot, headdim, dstate), before each chunk
+  Acc* dstates = nullptr;                // likewise, behind each chunk
+  Acc* dB = nullptr;                     // (slots, ngroups, kChunk, dstate)
+  Acc* dC = nullptr;                     // likewise
 };
 
 template <class T>

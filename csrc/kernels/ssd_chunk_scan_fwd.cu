@@ -1030,7 +1030,8 @@ void launch_segments(Kernel kernel, const SsdChunkScanParams& p, const ForwardPl
 /// the workspace first, their rows filled up with zeros.
 template <class T>
 struct VectorRows {
-  View<4> SsdChunkScanParams::*view;
+  using Member = View<4> SsdChunkScanParams::*;
+  Member view;
   int64_t heads, columns;
   T* copy = nullptr;
 
