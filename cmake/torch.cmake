@@ -10,6 +10,12 @@ if(NOT DEFINED Torch_DIR AND NOT DEFINED Torch_ROOT)
     endif()
   endif()
 endif()
+# A CUDA build of torch asks for the whole CUDA toolkit, of which its targets use the runtime alone, and what
+# is compiled here nothing. With the target torch::cudart there, it does not look. A project that this one
+# is a part of may use CUDA itself, and decides.
+if(PROJECT_IS_TOP_LEVEL AND NOT TARGET torch::cudart)
+  add_library(torch::cudart INTERFACE IMPORTED)
+endif()
 # Torch's own warning about a library that Python-only users do not have (kineto) is not ours to act on.
 set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON)  # for the project that this one may be a part of
 find_package(Torch 2.10 REQUIRED)

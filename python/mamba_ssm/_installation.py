@@ -5,7 +5,10 @@ two installers or two folders of sys.path are at work: what is imported is then 
 """
 
 import importlib.metadata
+import importlib.util
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,6 +55,37 @@ def problems(folders=None):
                 "or take its folder off sys.path."
             )
     return found
+
+
+def without_cuda_kernels(cuda):
+    """The sentence for a build without CUDA kernels beside a torch that uses a GPU, with its CUDA
+    version, as "13.0": what to install, and to build again."""
+    nvcc = find_nvcc()
+    if nvcc:
+        remedy = f"{nvcc} is there now"
+    elif int(cuda.partition(".")[0]) >= 13:  # NVIDIA's packages have nvcc from CUDA 13 on
+        remedy = f'`pip install "cuda-toolkit[nvcc,cccl]=={cuda}.*"`'
+    else:
+        remedy = f"install nvcc of the CUDA toolkit {cuda}"
+    return (
+        "torch uses a GPU here, and mamba_ssm was built without CUDA kernels, for want of nvcc: "
+        f"{remedy}; then build and install mamba_ssm again."
+    )
+
+
+def find_nvcc():
+    """Where a build would find nvcc (cmake/find_nvcc.cmake); None without."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    home = os.environ.get("CUDA_HOME")
+    candidates = [
+        os.environ.get("CUDACXX"),
+        shutil.which("nvcc"),
+        home and Path(home, "bin/nvcc"),
+        *(path for folder in packages for path in sorted(folder.glob("cu*/bin/nvcc"))),
+        Path("/usr/local/cuda/bin/nvcc"),
+    ]
+    return next((str(path) for path in candidates if path and Path(path).is_file()), None)
 
 
 def _folders(paths):

@@ -40,6 +40,8 @@ def run(args):
     """Prints the report. Returns 1 if the installation or a self-test is not in order, else 0."""
     print_versions()
     problems = _installation.problems()
+    if torch.cuda.is_available() and torch.version.cuda and not _build_info.CUDA_ARCHS:
+        problems.append(_installation.without_cuda_kernels(torch.version.cuda))
     for sentence in problems:
         print(f"PROBLEM: {sentence}")
     print_kernels()
