@@ -28,7 +28,13 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 
-if(MAMBA_SSM_CUDA_ARCHS)
+# One cubin per generation that torch's own builds serve; 86 also runs on 89, 100 on 103, and the PTX of
+# 120 is compiled by the driver for whatever follows.
+set(release_archs 75-real 80-real 86-real 90-real 100-real 120)
+if(MAMBA_SSM_CUDA_ARCHS STREQUAL "release")
+  set(archs ${release_archs})
+  set(reason "the release set")
+elseif(MAMBA_SSM_CUDA_ARCHS)
   set(archs ${MAMBA_SSM_CUDA_ARCHS})
   set(reason "MAMBA_SSM_CUDA_ARCHS")
 else()
@@ -43,9 +49,7 @@ else()
     list(TRANSFORM archs APPEND "-real")
     set(reason "this machine's GPUs")
   else()
-    # One cubin per generation that torch's own builds serve; 86 also runs on 89, 100 on 103, and the
-    # PTX of 120 is compiled by the driver for whatever follows.
-    set(archs 75-real 80-real 86-real 90-real 100-real 120)
+    set(archs ${release_archs})
     set(reason "the release set: no GPU here")
   endif()
 endif()

@@ -102,13 +102,13 @@ run_build() {
     export MAMBA_SSM_CUDA_ARCHS=90-real
   fi
   say "building mamba_ssm and causal_conv1d: pip $2"
-  local log=$root/build/install.log
-  mkdir -p "$root/build"
-  if ! MAMBA_SSM_EXAMPLES=ON MAMBA_SSM_TESTS=$1 "$python" -m pip "${@:2}" -v --no-deps \
+  local log=$build-$2.log
+  mkdir -p "$(dirname "$build")"
+  if ! MAMBA_SSM_EXAMPLES=${MAMBA_SSM_EXAMPLES:-ON} MAMBA_SSM_TESTS=$1 "$python" -m pip "${@:2}" -v --no-deps \
       --no-build-isolation -Cbuild-dir="$build" -Ccmake.define.CMAKE_COMPILE_WARNING_AS_ERROR="$1" \
       . ./python/causal_conv1d >"$log" 2>&1; then
     tail -n 60 "$log" >&2
-    give_up "The build failed; its whole output is in build/install.log."
+    give_up "The build failed; its whole output is in $log."
   fi
   grep -E '^ *-- (mamba_ssm|  )' "$log" | sed 's/^ *-- //' || true
 }
