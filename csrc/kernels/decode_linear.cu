@@ -312,16 +312,13 @@ __global__ void __launch_bounds__(kThreads) by_elements(const DecodeLinearParams
   }
 }
 
-/// Threads of a team: enough for all of a row to be on its way at once, and more where there are
-/// few outputs. It depends on the weight alone, so that a row's sums do not depend on the others.
-/// double, which never goes by vectors, does without.
-[[maybe_unused]] int team_for(int64_t vectors, int64_t out_features) {
-  constexpr int64_t kThreadsPerSm = 768;
-  constexpr int kAtOnce = 4;
-  const int64_t wanted = multiprocessor_count() * kThreadsPerSm;
+/// Threads of a team: a warp or what the row has for it, and more where there are few outputs. It
+/// depends on the weight alone, so that a row's sums do not depend on the others. double, which
+/// never goes by vectors, does without.
+[[maybe_unused]] int team_for(int64_t vectors, int64_t teams, int threads_per_sm) {
+  const int64_t wanted = int64_t{multiprocessor_count()} * threads_per_sm;
   int team = 4;
-  while (team < kThreads && team < vectors &&
-         (team * kAtOnce < vectors || team * out_features < wanted)) {
+  while (team < kThreads && team < vectors && (team < kWarpSize || team * teams < wanted)) {
     team *= 2;
   }
   return team;
@@ -344,7 +341,7 @@ bool is_by_vectors(const DecodeLinearParams& p) {
 
 template <class T>
 void launch_plain(const DecodeLinearParams& p, cudaStream_t stream) {
-  const int team = team_for(p.in_features / Vector<T>::kSize, p.out_features);
+  const int team = team_for(p.in_features / Vector<T>::kSize, p.out_features, 768);
   const auto launch = [&](auto rows, auto outputs, int64_t first_row) {
     const int64_t blocks = ceil_div(p.out_features, kThreads / team * outputs);
     launch_overlapped<by_vectors<T, rows, outputs>>(dim3(static_cast<unsigned>(blocks)), kThreads,
@@ -365,27 +362,27 @@ void launch_plain(const DecodeLinearParams& p, cudaStream_t stream) {
   }
 }
 
-/// Teams are small, and outputs of a team several where the weight is large, so that making the
-/// operands takes little of a block's time.
+/// Outputs of a team are several where the weight is large, so that making the operands takes
+/// little of a block's time.
 template <class T>
 void launch_normed(const DecodeLinearParams& p, cudaStream_t stream) {
-  constexpr int64_t kThreadsPerSm = 512, kLarge = 16 << 20;
-  const int64_t wanted = multiprocessor_count() * kThreadsPerSm;
-  const int team = p.out_features * kWarpSize < wanted ? 2 * kWarpSize : kWarpSize;
-  const auto launch = [&](auto outputs, auto at_once, int64_t row) {
+  constexpr int64_t kLarge = 8 << 20;
+  constexpr int kThreadsPerSm = 512, kMostTeam = 2 * kWarpSize;
+  const int64_t vectors = p.in_features / Vector<T>::kSize;
+  const auto launch = [&](auto outputs, auto at_once, int team, int64_t row) {
     const int64_t blocks = ceil_div(p.out_features, kThreads / team * outputs);
     launch_overlapped<normed_by_vectors<T, outputs, at_once>>(
         dim3(static_cast<unsigned>(blocks)), kThreads,
         static_cast<size_t>(p.in_features) * sizeof(float), stream, p, team, row);
   };
   const std::integral_constant<int, 1> one;
-  const std::integral_constant<int, 2> two;
   const std::integral_constant<int, 4> four;
   for (int64_t row = 0; row < p.rows; ++row) {
     if (p.in_features * p.out_features < kLarge) {
-      launch(one, four, row);
+      const int team = team_for(vectors, p.out_features, kThreadsPerSm);
+      launch(one, four, std::min(team, kMostTeam), row);
     } else {
-      launch(four, two, row);
+      launch(four, one, team_for(vectors, p.out_features / four, kThreadsPerSm), row);
     }
   }
 }

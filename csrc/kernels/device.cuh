@@ -339,6 +339,20 @@ struct ParameterBits {
     for (int i = 0; i < kSize; ++i) word[i] = pack.word[i / 2] >> (i % 2 * 16) & 0xffff;
   }
 
+  /// All of them, with one branch on their type.
+  __device__ __forceinline__ void values(DType dtype, Acc (&x)[kSize]) const {
+    if (dtype == DType::kFloat16) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) x[i] = value(DType::kFloat16, i);
+    } else if (dtype == DType::kBFloat16) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) x[i] = value(DType::kBFloat16, i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) x[i] = value(DType::kFloat32, i);
+    }
+  }
+
   __device__ __forceinline__ Acc value(DType dtype, int i) const {
     if constexpr (std::is_same_v<Acc, double>) {
       if (dtype == DType::kFloat64) return __longlong_as_double(word[i]);

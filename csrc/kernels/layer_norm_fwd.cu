@@ -216,13 +216,11 @@ __global__ void __launch_bounds__(kMostTeam)
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
     if (given(p.residual_out)) residual_out.write(to_residual + channel(j), s[j]);
-    ParameterBits<float, kVec> bias{};
-    if (given(p.bias)) bias = parameter_bits<kVec>(p.bias, channel(j));
+    float w[kVec], b[kVec] = {};
+    weight[j].values(p.weight.dtype, w);
+    if (given(p.bias)) parameter_bits<kVec>(p.bias, channel(j)).values(p.bias.dtype, b);
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-      s[j][e] = (s[j][e] - mean[0]) * (rstd * weight[j].value(p.weight.dtype, e)) +
-                bias.value(p.bias.dtype, e);
-    }
+    for (int e = 0; e < kVec; ++e) s[j][e] = (s[j][e] - mean[0]) * (rstd * w[e]) + b[e];
     out.write(to + channel(j), s[j]);
   }
 }
@@ -276,7 +274,7 @@ __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) 
   }
 }
 
-constexpr int kManyThreads = 128;  // of a team
+constexpr int64_t kManyChannels = 2048;
 
 template <class T>
 RowPlan plan(const LayerNormParams& p) {
@@ -289,9 +287,11 @@ RowPlan plan(const LayerNormParams& p) {
   constexpr int kParameter = Vector<T>::kSize / 4;
   const int slots =
       kStages * (1 + RowStream<T>::slots(p.residual)) + kParameter * (given(p.bias) ? 2 : 1);
-  RowPlan plan = plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kForwardLimits);
-  // Large teams gain more from blocks that come and go than from rows that they fetch ahead.
-  if (plan.vectors > 0 && plan.teams.threads >= kManyThreads) plan.teams.strips = p.rows;
+  // Long rows gain more from blocks that come and go than from rows that they fetch ahead.
+  const bool one_row = p.channels >= kManyChannels;
+  RowPlan plan = plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kForwardLimits,
+                              /*most_elements=*/one_row);
+  if (plan.vectors > 0 && one_row) plan.teams.strips = p.rows;
   return plan;
 }
 

@@ -309,18 +309,20 @@ constexpr RowLimits kForwardLimits = {1024, kMostTeam};
 constexpr RowLimits kBackwardLimits = {2 * kMostTwoTeams, kMostTwoTeams};
 
 /// `rows` of `groups` groups of `width` channels. `vectors`: whether all tensors allow them;
-/// `slots`: what a thread keeps in shared memory for each of its vectors.
+/// `slots`: what a thread keeps in shared memory for each of its vectors; `most_elements`: a thread
+/// should have as many as it can.
 template <class T>
 RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int slots,
-                  const RowLimits& limits) {
+                  const RowLimits& limits, bool most_elements = false) {
   constexpr int kVec = Vector<T>::kSize;
   constexpr int kSmallBlock = 128;
   RowPlan best{};
   if (vectors && width % kVec == 0) {
     double best_use = 0;
     // Of a thread, the best first: where a block's latency counts, more threads.
-    const bool few = rows * groups <= multiprocessor_count();
-    for (const int elements : {few ? 8 : 16, few ? 16 : 8, 32}) {
+    constexpr int kOrders[3][3] = {{16, 8, 32}, {32, 16, 8}, {8, 16, 32}};
+    const int order = rows * groups <= multiprocessor_count() ? 2 : most_elements;
+    for (const int elements : kOrders[order]) {
       const int64_t per_thread = elements / kVec;
       int64_t threads = ceil_div(width / kVec, per_thread);
       if (threads <= kWarpSize) {

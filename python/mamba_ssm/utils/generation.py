@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -420,8 +420,12 @@ class DecodingCGCache:
     max_batch_size: int = 0
     max_seqlen: int = 0
     callables: dict = field(default_factory=dict)  # (batch size, tokens per row) -> run of a graph
-    prompts: dict = field(default_factory=dict)  # likewise, of prompts; None: seen, no graph yet
     inference_params: Optional[InferenceParams] = None
+    run: Optional[Callable] = (
+        None  # the run of capture_graph, of the graph for the shape of its ids
+    )
+    # As callables, of prompts; None: the shape came once, and has no graph yet.
+    prompts: dict = field(default_factory=dict, init=False)
     device = None
     dtype = None
     mempool = None
@@ -429,10 +433,6 @@ class DecodingCGCache:
     addresses = None  # of the weights: a graph reads those of its capture
     states = None  # of max_batch_size rows, of which inference_params has the first ones
     lengths = None  # (max_batch_size,), likewise
-
-    def run(self, input_ids, *args, **kwargs):
-        """The run of capture_graph, of the graph for the shape of input_ids."""
-        return self.callables[tuple(input_ids.shape)](input_ids, *args, **kwargs)
 
 
 @torch.inference_mode()
@@ -471,7 +471,7 @@ def update_graph_cache(
     ):
         # What the old graphs hold is freed before more is asked for.
         cache.callables, cache.prompts = {}, {}
-        cache.inference_params, cache.states = None, None
+        cache.inference_params, cache.states, cache.run = None, None, None
         cache.device, cache.dtype, cache.state_dtype, cache.addresses = kind
         cache.max_batch_size, cache.max_seqlen = batch_size, max_seqlen
         options = {} if state_dtype is None else {"state_dtype": state_dtype}
@@ -501,6 +501,12 @@ def update_graph_cache(
                 n_warmups=n_warmups,
             )
 
+    callables = cache.callables  # not the cache: in a cycle its graphs would wait for a collection
+
+    def run(input_ids, *args, **kwargs):
+        return callables[tuple(input_ids.shape)](input_ids, *args, **kwargs)
+
+    cache.run = run
     return cache
 
 
