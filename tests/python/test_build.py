@@ -44,7 +44,9 @@ def find_nvcc(tmp_path):
         script.write_text("cmake_minimum_required(VERSION 3.25)\n" + PRINT.format(root=ROOT))
         command = [cmake, f"-DPython_EXECUTABLE={sys.executable}", "-P", str(script)]
         environment = {"PATH": "/none", "PYTHONPATH": str(tmp_path / "site"), **environment}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        result = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
         assert result.returncode == 0, result.stderr
         lines = [line.partition(" ") for line in result.stderr.splitlines()]
         return {name: value for name, _, value in lines}
