@@ -4,6 +4,7 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/linear.h>
+#include <mamba_ssm/limits.h>
 #include <mamba_ssm/ops.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -50,10 +51,10 @@ std::tuple<Tensor, Tensor> decode_linear_prenorm_meta(const Tensor& x, const Ten
 }
 
 /// True where decode_linear is the faster one. Measured on an NVIDIA H100 with bfloat16,
-/// 2026-11-26: one row is faster at every size, 3 us for 4.7 MB where cuBLAS takes 4.5, and 85 for
-/// 257 MB where it takes 96; four rows are up to 16 MB, without a norm, which is made anew for
-/// each. The numbers of features and rows must be known, since a graph for all sizes can hold one
-/// answer only.
+/// 2026-11-26: one row is faster at every size, 3 us for 4.7 MB where cuBLAS takes 4.5, and 86 for
+/// 257 MB where it takes 96; four rows are at 4.7 MB and are not at 26 MB. A norm is made anew for
+/// each row, and beyond kDecodeLinearNormed features it has no fast kernel. The numbers of
+/// features and rows must be known, since a graph for all sizes can hold one answer only.
 bool prefers_decode_linear(const Tensor& x, const Tensor& weight, bool normed) {
   constexpr int64_t kMostRows = 4, kMostElements = 8 << 20;
   if (!x.is_cuda() || x.dim() == 0 || weight.dim() != 2) return false;
@@ -63,7 +64,8 @@ bool prefers_decode_linear(const Tensor& x, const Tensor& weight, bool normed) {
   const auto in_features = x.sym_size(-1).maybe_as_int();
   if (!size || !elements || !in_features || *size == 0 || *elements == 0) return false;
   const int64_t rows = *size / *in_features;
-  return rows == 1 || (!normed && rows <= kMostRows && *elements <= kMostElements);
+  if (normed) return rows == 1 && *in_features <= kDecodeLinearNormed;
+  return rows == 1 || (rows <= kMostRows && *elements <= kMostElements);
 }
 
 /// (..., n) as (rows, n).

@@ -7,6 +7,7 @@
 // has ended. Elements (any strides, any sizes): a warp owns a result. The order of a sum depends on
 // the weight's sizes and the norm alone.
 #include <cuda_runtime.h>
+#include <mamba_ssm/limits.h>
 
 #include <algorithm>
 
@@ -91,7 +92,7 @@ __device__ __forceinline__ void load_sum(const DecodeLinearParams& p, int64_t ro
   }
 }
 
-/// Vector v of a row of residual_out.
+/// s into a row of residual_out, from element `i` on.
 template <class T, int kVec>
 __device__ __forceinline__ void store_sum(const DecodeLinearParams& p, int64_t row, int i,
                                           const float (&s)[kVec]) {
@@ -324,9 +325,6 @@ __global__ void __launch_bounds__(kThreads) by_elements(const DecodeLinearParams
   return team;
 }
 
-/// Features whose operands fit a block's shared memory on every GPU.
-[[maybe_unused]] constexpr int64_t kMostNormed = 12 * 1024;
-
 template <class T>
 bool is_by_vectors(const DecodeLinearParams& p) {
   const auto packed = [](const View<2>& v) {
@@ -335,8 +333,9 @@ bool is_by_vectors(const DecodeLinearParams& p) {
   };
   return packed(p.x) && packed(p.residual) && packed(p.z) && packed(p.weight) &&
          p.in_features % Vector<T>::kSize == 0 && p.in_features <= INT32_MAX / 2 &&
-         (!given(p.norm_weight) || (p.in_features <= kMostNormed && p.norm_weight.stride[0] == 1 &&
-                                    reinterpret_cast<uintptr_t>(p.norm_weight.data) % 16 == 0));
+         (!given(p.norm_weight) ||
+          (p.in_features <= kDecodeLinearNormed && p.norm_weight.stride[0] == 1 &&
+           reinterpret_cast<uintptr_t>(p.norm_weight.data) % 16 == 0));
 }
 
 template <class T>
