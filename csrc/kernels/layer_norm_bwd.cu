@@ -9,9 +9,10 @@ namespace {
 
 constexpr int kParameters = 4;  // weight, bias, weight1, bias1
 
+constexpr RowShares kShares = {{8, 640, 640}, {16, 512, 512}, {32, 512, 512}};
+
 template <class T, int kVectors>
-__global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMostTeam,
-                                  kTwoTeams<T, kVectors> ? 2 : 1)
+__global__ void __launch_bounds__(largest_team<T, kVectors>(kShares))
     backward_vectors(const LayerNormParams p, const RowTeams teams, float* partials) {
   using Stream = RowStream<T>;
   using Parameter = SharedParameter<Stream::kVec>;
@@ -19,6 +20,7 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
   extern __shared__ uint4 shared[];
   __shared__ TeamSum<float>::Buffers buffers;
   const Team team(teams);
+  let_next_start();
   if (!team.works) return;
   TeamSum<float> sum(team, buffers);
   const Slots slots(shared);
@@ -31,6 +33,7 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
   const int slot_bias_sums = slot_weight + kVectors * Parameter::kSlots;
   const auto channel = [&](int j) { return (j * team.threads + team.thread) * kVec; };
   const int width = static_cast<int>(p.channels);
+  const GroupMeans<float> group(width, p.eps);
   const auto there = [&](int j) { return channel(j) < width; };
   const auto slot_sum = [&](int stage, int j) {
     return slots_of_stage * stage + kVectors + j * wide;
@@ -39,10 +42,12 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
     return slots_of_stage * stage + kVectors * (1 + wide) + j * wide_d;
   };
 
-  const auto fetch = [&](int64_t row, int stage) {
-    if (row < p.rows) {
-      const RowIndex at(p.axes, row);
-      const int64_t from_sum = at(p.sum), from_out = at(p.dout), from_d = at(p.dresidual_out);
+  const unsigned rows = static_cast<unsigned>(p.rows);
+  const auto fetch = [&](unsigned row, int stage) {
+    if (row < rows) {
+      const RowIndex<unsigned> at(p.axes, row);
+      const int64_t from_sum = at.start(p.sum), from_out = at.start(p.dout),
+                    from_d = at.start(p.dresidual_out);
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (!there(j)) continue;
@@ -67,7 +72,7 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
     if (given(p.dbias)) Parameter::clear(slots, slot_bias_sums + j * Parameter::kSlots);
   }
 
-  for (int64_t row = team.strip; row < p.rows; row += team.strips, stage ^= 1) {
+  for (unsigned row = team.strip; row < rows; row += team.strips, stage ^= 1) {
     fetch(row + team.strips, stage ^ 1);
     wait_copies<1>();
     float mean[1] = {0};
@@ -81,7 +86,7 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
         for (int e = 0; e < kVec; ++e) mean[0] += s[e];
       }
       sum(mean);
-      mean[0] /= static_cast<float>(p.channels);
+      mean[0] = group.mean(mean[0]);
     }
     float sums[3] = {0, 0, 0};
 #pragma unroll
@@ -89,7 +94,7 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
       if (!there(j)) continue;
       float s[kVec];
       from.read(slots, slot_sum(stage, j), s);
-      const auto g = dout.pack(slots, slots_of_stage * stage + j);
+      const auto g = slots.pack<T>(slots_of_stage * stage + j);
 #pragma unroll
       for (int q = 0; q < Parameter::kSlots; ++q) {
         const auto w = Parameter::read(slots, slot_weight + j * Parameter::kSlots + q);
@@ -103,16 +108,16 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
       }
     }
     sum(sums);
-    const NormGradient<float> gradient(sums, p.channels, p.eps, p.is_rms_norm);
+    const NormGradient<float> gradient(group, sums[0], sums[1], p.is_rms_norm ? 0.0f : sums[2]);
 
-    const RowIndex at(p.axes, row);
-    const int64_t to_x = at(p.dx), to_residual = at(p.dresidual);
+    const RowIndex<unsigned> at(p.axes, row);
+    const int64_t to_x = at.start(p.dx), to_residual = at.start(p.dresidual);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (!there(j)) continue;
       float s[kVec];
       from.read(slots, slot_sum(stage, j), s);
-      const auto g = dout.pack(slots, slots_of_stage * stage + j);
+      const auto g = slots.pack<T>(slots_of_stage * stage + j);
 #pragma unroll
       for (int q = 0; q < Parameter::kSlots; ++q) {
         const auto w = Parameter::read(slots, slot_weight + j * Parameter::kSlots + q);
@@ -138,7 +143,7 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
     }
   }
 
-  float* const to = partials + team.strip * kParameters * p.channels;
+  float* const to = partials + int64_t{team.strip} * kParameters * p.channels;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
@@ -160,13 +165,15 @@ __global__ void backward_elements(const LayerNormParams p, const RowTeams teams,
   using Acc = Accumulate<T>;
   __shared__ typename TeamSum<Acc>::Buffers buffers;
   const Team team(teams);
+  let_next_start();
   if (!team.works) return;
   TeamSum<Acc> sum(team, buffers);
-  Acc* const to = partials + team.strip * kParameters * p.channels;
+  const GroupMeans<Acc> group(p.channels, p.eps);
+  Acc* const to = partials + int64_t{team.strip} * kParameters * p.channels;
   for (int64_t row = team.strip; row < p.rows; row += team.strips) {
-    const RowIndex at(p.axes, row);
+    const RowIndex<int64_t> at(p.axes, row);
     const Acc rowscale = given(p.rowscale)
-                             ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at(p.rowscale))
+                             ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at.start(p.rowscale))
                              : Acc(1);
     const auto source = [&](int64_t c) {
       return load_as<Acc>(p.sum.data, p.sum.dtype, at(p.sum, c));
@@ -183,7 +190,7 @@ __global__ void backward_elements(const LayerNormParams p, const RowTeams teams,
     if (!p.is_rms_norm) {
       for (int64_t c = team.thread; c < p.channels; c += team.threads) mean[0] += source(c);
       sum(mean);
-      mean[0] /= static_cast<Acc>(p.channels);
+      mean[0] = group.mean(mean[0]);
     }
     for (int64_t c = team.thread; c < p.channels; c += team.threads) {
       const Acc d = source(c) - mean[0], g = gradient_of_n(c);
@@ -192,7 +199,7 @@ __global__ void backward_elements(const LayerNormParams p, const RowTeams teams,
       sums[2] += g;
     }
     sum(sums);
-    const NormGradient<Acc> gradient(sums, p.channels, p.eps, p.is_rms_norm);
+    const NormGradient<Acc> gradient(group, sums[0], sums[1], p.is_rms_norm ? Acc(0) : sums[2]);
     for (int64_t c = team.thread; c < p.channels; c += team.threads) {
       const Acc n = (source(c) - mean[0]) * gradient.rstd;
       const auto add = [&](int index, Acc v) {  // to the thread's own sums, in the workspace
@@ -233,7 +240,7 @@ RowPlan plan(const LayerNormParams& p) {
   using Stream = RowStream<T>;
   const int slots = kStages * (1 + Stream::slots(p.sum) + Stream::slots(p.dresidual_out)) +
                     kParameter * (given(p.dbias) ? 2 : 1);
-  return plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kBackwardLimits);
+  return plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kShares);
 }
 
 }  // namespace

@@ -1,119 +1,10 @@
 // Fused residual addition and normalization, forward. How rows are divided: row_norm.cuh. Vectors
-// serve what models run, x + residual with one head; the other options go by elements. A team that
-// has one row alone keeps all of it in registers.
+// serve what models run, x + residual with one head; the other options go by elements.
 #include "launch.cuh"
 #include "layer_norm.cuh"
 
 namespace mamba_ssm::kernels {
 namespace {
-
-template <class T, int kVectors>
-__global__ void __launch_bounds__(kMostTeam)
-    forward_vectors(const LayerNormParams p, const RowTeams teams) {
-  using Stream = RowStream<T>;
-  using Parameter = SharedParameter<Stream::kVec>;
-  constexpr int kVec = Stream::kVec;
-  extern __shared__ uint4 shared[];
-  __shared__ TeamSum<float>::Buffers buffers;
-  const Team team(teams);
-  if (!team.works) return;
-  TeamSum<float> sum(team, buffers);
-  const Slots slots(shared);
-  const Stream x{p.x}, residual{p.residual}, out{p.out}, residual_out{p.residual_out};
-  const int wide = Stream::slots(p.residual);
-  const int slots_of_stage = kVectors * (1 + wide);  // x, then residual
-  const int slot_weight = kStages * slots_of_stage;
-  const int slot_bias = slot_weight + kVectors * Parameter::kSlots;
-  const auto channel = [&](int j) { return (j * team.threads + team.thread) * kVec; };
-  const int width = static_cast<int>(p.channels);
-  const auto there = [&](int j) { return channel(j) < width; };
-
-  const auto fetch = [&](int64_t row, int stage) {
-    if (row < p.rows) {
-      const RowIndex at(p.axes, row);
-      const int64_t from_x = at(p.x), from_residual = at(p.residual);
-      const int slot = slots_of_stage * stage;
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (!there(j)) continue;
-        x.fetch(slots, slot + j, from_x + channel(j));
-        if (given(p.residual)) {
-          residual.fetch(slots, slot + kVectors + j * wide, from_residual + channel(j));
-        }
-      }
-    }
-    commit_copies();
-  };
-  int stage = 0;
-  fetch(team.strip, stage);
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    if (!there(j)) continue;
-    Parameter::keep(slots, slot_weight + j * Parameter::kSlots, p.weight, channel(j));
-    if (given(p.bias)) {
-      Parameter::keep(slots, slot_bias + j * Parameter::kSlots, p.bias, channel(j));
-    }
-  }
-
-  for (int64_t row = team.strip; row < p.rows; row += team.strips, stage ^= 1) {
-    fetch(row + team.strips, stage ^ 1);
-    wait_copies<1>();
-    const int slot = slots_of_stage * stage;
-    const RowIndex at(p.axes, row);
-    const int64_t to = at(p.out), to_residual = at(p.residual_out);
-    float s[kVectors][kVec];
-    float mean[1] = {0};
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) s[j][e] = 0;
-      if (!there(j)) continue;
-      x.read(slots, slot + j, s[j]);
-      if (given(p.residual)) {
-        float r[kVec];
-        residual.read(slots, slot + kVectors + j * wide, r);
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) s[j][e] += r[e];
-      }
-      if (given(p.residual_out)) residual_out.write(to_residual + channel(j), s[j]);
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) mean[0] += s[j][e];
-    }
-    if (p.is_rms_norm) {
-      mean[0] = 0;
-    } else {
-      sum(mean);
-      mean[0] /= static_cast<float>(p.channels);
-    }
-    float square[1] = {0};
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      if (!there(j)) continue;
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        s[j][e] -= mean[0];
-        square[0] += s[j][e] * s[j][e];
-      }
-    }
-    sum(square);
-    const float rstd = reciprocal_root(square[0], p.channels, p.eps);
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      if (!there(j)) continue;
-#pragma unroll
-      for (int q = 0; q < Parameter::kSlots; ++q) {
-        const auto w = Parameter::read(slots, slot_weight + j * Parameter::kSlots + q);
-        Pack<float, 4> b{};
-        if (given(p.bias)) b = Parameter::read(slots, slot_bias + j * Parameter::kSlots + q);
-#pragma unroll
-        for (int e = 4 * q; e < 4 * q + 4; ++e) {
-          s[j][e] = s[j][e] * (rstd * w[e - 4 * q]) + b[e - 4 * q];
-        }
-      }
-      out.write(to + channel(j), s[j]);
-    }
-  }
-}
 
 /// Vectors of a row in registers, as they stand in memory: of T or, wider, of float.
 template <class T, int kVectors>
@@ -152,76 +43,74 @@ class RowBits {
   uint4 bits_[kVectors][kSlots];
 };
 
-/// forward_vectors for as many teams as rows.
+constexpr RowShares kShares = {{8, 640, 0}, {16, 640, 0}, {32, 512, 0}};
+
 template <class T, int kVectors>
-__global__ void __launch_bounds__(kMostTeam)
-    forward_one_row(const LayerNormParams p, const RowTeams teams) {
+__global__ void __launch_bounds__(largest_team<T, kVectors>(kShares),
+                                  kVectors* Vector<T>::kSize <= 16 ? 2 : 1)
+    forward_vectors(const LayerNormParams p, const RowTeams teams) {
   using Stream = RowStream<T>;
   constexpr int kVec = Stream::kVec;
   __shared__ TeamSum<float>::Buffers buffers;
   const Team team(teams);
   TeamSum<float> sum(team, buffers);
-  const Stream x{p.x}, residual{p.residual}, out{p.out}, residual_out{p.residual_out};
-  const RowIndex at(p.axes, team.strip);
-  const int64_t from_x = at(p.x), from_residual = at(p.residual);
-  const auto channel = [&](int j) { return (j * team.threads + team.thread) * kVec; };
+  const Stream residual{p.residual}, residual_out{p.residual_out};
   const int width = static_cast<int>(p.channels);
+  const GroupMeans<float> group(width, p.eps);
+  const RowIndex<unsigned> at(p.axes, team.strip);
+  const int step = team.threads * kVec;
+  const auto channel = [&](int j) { return j * step + team.thread * kVec; };
   const auto there = [&](int j) { return channel(j) < width; };
+  const int64_t mine = channel(0);
+  const T* const from_x = static_cast<const T*>(p.x.data) + at.start(p.x) + mine;
+  T* const to = static_cast<T*>(p.out.data) + at.start(p.out) + mine;
+  const int64_t from_residual = at.start(p.residual) + mine;
+  const int64_t to_residual = at.start(p.residual_out) + mine;
   let_next_start();
   wait_for_previous();
   if (!team.works) return;
 
-  RowBits<T, kVectors> x_bits, residual_bits;
+  Pack<T, kVec> x[kVectors];
+  RowBits<T, kVectors> residual_bits;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
-    x_bits.load(x, j, from_x + channel(j));
-    if (given(p.residual)) residual_bits.load(residual, j, from_residual + channel(j));
-  }
-  ParameterBits<float, kVec> weight[kVectors];
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    if (there(j)) weight[j] = parameter_bits<kVec>(p.weight, channel(j));
+    x[j].load(from_x + j * step);
+    if (given(p.residual)) residual_bits.load(residual, j, from_residual + j * step);
   }
   float s[kVectors][kVec] = {};
-  float mean[1] = {0};
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
-    x_bits.add_to(s[j], x, j);
-    if (given(p.residual)) residual_bits.add_to(s[j], residual, j);
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) mean[0] += s[j][e];
+    for (int e = 0; e < kVec; ++e) s[j][e] = x[j][e];
+    if (given(p.residual)) residual_bits.add_to(s[j], residual, j);
+    if (given(p.residual_out)) residual_out.write(to_residual + j * step, s[j]);
   }
-  if (p.is_rms_norm) {
-    mean[0] = 0;
-  } else {
-    sum(mean);
-    mean[0] /= static_cast<float>(p.channels);
+  const VectorParameter<kVec> weight(p.weight);
+  ParameterBits<float, kVec> weight_bits[kVectors];
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (there(j)) weight_bits[j] = weight.load(channel(j));
   }
+  if (!p.is_rms_norm) subtract_mean(s, sum, group, there);
   float square[1] = {0};
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    if (!there(j)) continue;
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-      const float d = s[j][e] - mean[0];
-      square[0] += d * d;
-    }
+    for (int e = 0; e < kVec; ++e) square[0] += s[j][e] * s[j][e];
   }
   sum(square);
-  const float rstd = reciprocal_root(square[0], p.channels, p.eps);
-  const int64_t to = at(p.out), to_residual = at(p.residual_out);
+  const float rstd = group.reciprocal_root(square[0]);
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
-    if (given(p.residual_out)) residual_out.write(to_residual + channel(j), s[j]);
-    float w[kVec], b[kVec] = {};
-    weight[j].values(p.weight.dtype, w);
-    if (given(p.bias)) parameter_bits<kVec>(p.bias, channel(j)).values(p.bias.dtype, b);
+    float w[kVec];
+    weight.values(weight_bits[j], w);
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) s[j][e] = (s[j][e] - mean[0]) * (rstd * w[e]) + b[e];
-    out.write(to + channel(j), s[j]);
+    for (int e = 0; e < kVec; ++e) s[j][e] *= rstd * w[e];
+    add_bias(s[j], p.bias, channel(j));
+    store_rounded(to + j * step, s[j]);
   }
 }
 
@@ -232,10 +121,11 @@ __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) 
   const Team team(teams);
   if (!team.works) return;
   TeamSum<Acc> sum(team, buffers);
+  const GroupMeans<Acc> group(p.channels, p.eps);
   for (int64_t row = team.strip; row < p.rows; row += team.strips) {
-    const RowIndex at(p.axes, row);
+    const RowIndex<int64_t> at(p.axes, row);
     const Acc rowscale = given(p.rowscale)
-                             ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at(p.rowscale))
+                             ? load_as<Acc>(p.rowscale.data, p.rowscale.dtype, at.start(p.rowscale))
                              : Acc(1);
     const auto sum_of = [&](int64_t c) {
       Acc v = dropped(p, p.dropout_mask, at, c, element<T>(p.x, at(p.x, c)) * rowscale);
@@ -249,14 +139,14 @@ __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) 
     if (!p.is_rms_norm) {
       for (int64_t c = team.thread; c < p.channels; c += team.threads) mean[0] += sum_of(c);
       sum(mean);
-      mean[0] /= static_cast<Acc>(p.channels);
+      mean[0] = group.mean(mean[0]);
     }
     for (int64_t c = team.thread; c < p.channels; c += team.threads) {
       const Acc d = sum_of(c) - mean[0];
       square[0] += d * d;
     }
     sum(square);
-    const Acc rstd = reciprocal_root(square[0], p.channels, p.eps);
+    const Acc rstd = group.reciprocal_root(square[0]);
     for (int64_t c = team.thread; c < p.channels; c += team.threads) {
       const Acc s = sum_of(c);
       const Acc n = (s - mean[0]) * rstd;
@@ -274,8 +164,6 @@ __global__ void forward_elements(const LayerNormParams p, const RowTeams teams) 
   }
 }
 
-constexpr int64_t kManyChannels = 2048;
-
 template <class T>
 RowPlan plan(const LayerNormParams& p) {
   bool vectors = false;
@@ -284,15 +172,7 @@ RowPlan plan(const LayerNormParams& p) {
               rows_are_vectors<T>(p.x) && rows_are_vectors<T>(p.residual) &&
               rows_are_vectors<T>(p.out) && rows_are_vectors<T>(p.residual_out);
   }
-  constexpr int kParameter = Vector<T>::kSize / 4;
-  const int slots =
-      kStages * (1 + RowStream<T>::slots(p.residual)) + kParameter * (given(p.bias) ? 2 : 1);
-  // Long rows gain more from blocks that come and go than from rows that they fetch ahead.
-  const bool one_row = p.channels >= kManyChannels;
-  RowPlan plan = plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, slots, kForwardLimits,
-                              /*most_elements=*/one_row);
-  if (plan.vectors > 0 && one_row) plan.teams.strips = p.rows;
-  return plan;
+  return plan_rows<T>(p.rows, /*groups=*/1, p.channels, vectors, /*slots=*/0, kShares);
 }
 
 }  // namespace
@@ -304,13 +184,7 @@ CudaStatus launch_layer_norm_fwd(const LayerNormParams& p, CudaStream stream_han
   const RowPlan rows = plan<T>(p);
   if constexpr (sizeof(T) <= 4) {
     for_vectors<T>(rows.vectors, [&](auto vectors) {
-      if (rows.teams.strips == p.rows) {
-        launch_overlapped<forward_one_row<T, vectors>>(
-            dim3(static_cast<unsigned>(rows.teams.blocks())), rows.teams.block, 0, stream, p,
-            rows.teams);
-      } else {
-        launch_rows(forward_vectors<T, vectors>, rows, stream, p, rows.teams);
-      }
+      launch_rows_overlapped<forward_vectors<T, vectors>>(rows, stream, p);
     });
   }
   if (rows.vectors == 0) launch_rows(forward_elements<T>, rows, stream, p, rows.teams);

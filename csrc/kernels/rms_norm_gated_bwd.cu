@@ -9,73 +9,78 @@
 // else dx = ds silu(z), dz = ds x silu'(z). A thread keeps its sums over the rows in registers,
 // those of dbias in shared memory.
 #include "launch.cuh"
-#include "row_norm.cuh"
+#include "rms_norm_gated.cuh"
 
 namespace mamba_ssm::kernels {
 namespace {
 
 constexpr int kParameters = 2;  // weight, bias
 
-/// sigmoid(z) and what follows from it.
+constexpr RowShares kShares = {{8, 320, 640}, {16, 640, 640}, {32, 512, 512}};
+
+/// What follows from sigmoid(z).
 template <class Acc>
 struct Gate {
   Acc value, slope;  // silu(z), silu'(z)
 
-  __device__ __forceinline__ explicit Gate(Acc z) {
-    const Acc s = sigmoid(z);
-    value = z * s;
-    slope = s * (Acc(1) + z * (Acc(1) - s));
-  }
+  __device__ __forceinline__ Gate(Acc z, Acc sigmoid_z)
+      : value(z * sigmoid_z), slope(sigmoid_z + value * (Acc(1) - sigmoid_z)) {}
 };
 
-template <class T, int kVectors>
-__global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMostTeam,
-                                  kTwoTeams<T, kVectors> ? 2 : 1)
+template <class T, int kVectors, GatePlace kGate>
+__global__ void __launch_bounds__(largest_team<T, kVectors>(kShares))
     backward_vectors(const RmsNormGatedParams p, const RowTeams teams, float* partials) {
-  using Stream = RowStream<T>;
-  using Parameter = SharedParameter<Stream::kVec>;
-  constexpr int kVec = Stream::kVec;
+  constexpr int kVec = Vector<T>::kSize;
+  using Parameter = SharedParameter<kVec>;
+  using Row = Pack<T, kVec>[kVectors];
   constexpr int kStage = 3 * kVectors;  // slots: x, z, dout
   constexpr int kWeight = kStages * kStage;
   constexpr int kBias = kWeight + kVectors * Parameter::kSlots;
   constexpr int kBiasSums = kBias + kVectors * Parameter::kSlots;
+  constexpr bool kGated = kGate != GatePlace::kNone;
+  constexpr bool kBefore = kGate == GatePlace::kBeforeNorm;
+  constexpr bool kAfter = kGate == GatePlace::kAfterNorm;
+  constexpr bool kKeepsSigmoid = kVectors * kVec <= 8;  // while there are registers
   extern __shared__ uint4 shared[];
   __shared__ TeamSum<float>::Buffers buffers;
   const Team team(teams);
+  let_next_start();
   if (!team.works) return;
   TeamSum<float> sum(team, buffers);
   const Slots slots(shared);
-  const Stream x{p.x}, z{p.z}, dout{p.dout}, dx{p.dx}, dz{p.dz};
-  const bool gated = given(p.z);
-  const bool gate_first = gated && !p.norm_before_gate;
-  const bool gate_last = gated && p.norm_before_gate;
-  const int64_t first = team.group * p.group_size;
-  const auto channel = [&](int j) { return (j * team.threads + team.thread) * kVec; };
+  const int64_t first = int64_t{team.group} * p.group_size;
   const int width = static_cast<int>(p.group_size);
+  const GroupMeans<float> group(width, p.eps);
+  const int step = team.threads * kVec;
+  const auto channel = [&](int j) { return j * step + team.thread * kVec; };
   const auto there = [&](int j) { return channel(j) < width; };
+  const int64_t mine = first + channel(0);
+  const RowPart<const T> x_part(p.x, mine), z_part(p.z, mine), dout_part(p.dout, mine);
+  const RowPart<T> dx_part(p.dx, mine), dz_part(p.dz, mine);
 
-  const auto fetch = [&](int64_t row, int stage) {
-    if (row < p.rows) {
-      const RowIndex at(p.axes, row);
-      const int64_t from_x = at(p.x, first), from_z = at(p.z, first), from_d = at(p.dout, first);
+  const unsigned rows = static_cast<unsigned>(p.rows);
+  const auto fetch = [&](unsigned row, int stage) {
+    if (row < rows) {
+      const RowIndex<unsigned> at(p.axes, row);
+      const T* const from_x = x_part(at);
+      const T* const from_z = z_part(at);
+      const T* const from_dout = dout_part(at);
       const int slot = kStage * stage;
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (!there(j)) continue;
-        x.fetch(slots, slot + j, from_x + channel(j));
-        if (gated) z.fetch(slots, slot + kVectors + j, from_z + channel(j));
-        dout.fetch(slots, slot + 2 * kVectors + j, from_d + channel(j));
+        copy_async(&slots.pack<T>(slot + j), from_x + j * step);
+        if constexpr (kGated) copy_async(&slots.pack<T>(slot + kVectors + j), from_z + j * step);
+        copy_async(&slots.pack<T>(slot + 2 * kVectors + j), from_dout + j * step);
       }
     }
     commit_copies();
   };
   int stage = 0;
   fetch(team.strip, stage);
-  float dweight[kVectors][kVec];
+  float dweight[kVectors][kVec] = {};
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) dweight[j][e] = 0;
     if (!there(j)) continue;
     Parameter::keep(slots, kWeight + j * Parameter::kSlots, p.weight, first + channel(j));
     if (given(p.bias)) {
@@ -84,52 +89,67 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
     }
   }
 
-  for (int64_t row = team.strip; row < p.rows; row += team.strips, stage ^= 1) {
+  for (unsigned row = team.strip; row < rows; row += team.strips, stage ^= 1) {
     fetch(row + team.strips, stage ^ 1);
     wait_copies<1>();
-    const int slot_x = kStage * stage, slot_z = slot_x + kVectors, slot_d = slot_z + kVectors;
-    float mean[1] = {0};
-    if (!p.is_rms_norm) {
+    Row x, z, dout;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      if (!there(j)) continue;
+      const int slot = kStage * stage + j;
+      x[j] = slots.pack<T>(slot);
+      if constexpr (kGated) z[j] = slots.pack<T>(slot + kVectors);
+      dout[j] = slots.pack<T>(slot + 2 * kVectors);
+    }
+    // Of a channel: s, and the gradient of norm.
+    const auto source = [&](int j, int e, float silu_z) {
+      return kBefore ? x[j][e] * silu_z : x[j][e];
+    };
+    const auto dnorm = [&](int j, int e, float silu_z) {
+      return kAfter ? dout[j][e] * silu_z : dout[j][e];
+    };
+    // f(j, e, weight) for every channel of the thread.
+    const auto for_channels = [&](auto f) {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (!there(j)) continue;
-        const auto s = x.pack(slots, slot_x + j), gate = z.pack(slots, slot_z + j);
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) mean[0] += gate_first ? s[e] * silu(gate[e]) : s[e];
-      }
-      sum(mean);
-      mean[0] /= static_cast<float>(p.group_size);
-    }
-    float sums[3] = {0, 0, 0};
-#pragma unroll 1  // more at a time would not fit into the registers
-    for (int j = 0; j < kVectors; ++j) {
-      if (!there(j)) continue;
-      const auto s = x.pack(slots, slot_x + j), g = dout.pack(slots, slot_d + j);
-      const auto gate = z.pack(slots, slot_z + j);
+        for (int q = 0; q < Parameter::kSlots; ++q) {
+          const auto w = Parameter::read(slots, kWeight + j * Parameter::kSlots + q);
 #pragma unroll
-      for (int q = 0; q < Parameter::kSlots; ++q) {
-        const auto w = Parameter::read(slots, kWeight + j * Parameter::kSlots + q);
-#pragma unroll
-        for (int e = 4 * q; e < 4 * q + 4; ++e) {
-          const float open = gated ? silu(gate[e]) : 1.0f;
-          const float d = (gate_first ? s[e] * open : s[e]) - mean[0];
-          const float wg = w[e - 4 * q] * (gate_last ? g[e] * open : g[e]);
-          sums[0] += d * d;
-          sums[1] += d * wg;
-          sums[2] += wg;
+          for (int e = 0; e < 4; ++e) f(j, 4 * q + e, w[e]);
         }
       }
-    }
-    sum(sums);
-    const NormGradient<float> gradient(sums, p.group_size, p.eps, p.is_rms_norm);
+    };
 
-    const RowIndex at(p.axes, row);
-    const int64_t to_x = at(p.dx, first), to_z = at(p.dz, first);
+    float first_sums[2] = {0, 0};  // of s, of weight dnorm
+    if (!p.is_rms_norm) {
+      for_channels([&](int j, int e, float w) {
+        const float silu_z = kGated ? silu(z[j][e]) : 1.0f;
+        first_sums[0] += source(j, e, silu_z);
+        first_sums[1] += w * dnorm(j, e, silu_z);
+      });
+      sum(first_sums);
+    }
+    const float mean = group.mean(first_sums[0]);
+    float kept[kVectors][kVec];  // sigmoid(z)
+    float sums[2] = {0, 0};      // of d = s - mean: of d^2, of d weight dnorm
+    for_channels([&](int j, int e, float w) {
+      const float sigmoid_z = kGated ? sigmoid(z[j][e]) : 1.0f;
+      const float silu_z = kGated ? z[j][e] * sigmoid_z : 1.0f;
+      if constexpr (kKeepsSigmoid) kept[j][e] = sigmoid_z;
+      const float d = source(j, e, silu_z) - mean;
+      sums[0] += d * d;
+      sums[1] += d * (w * dnorm(j, e, silu_z));
+    });
+    sum(sums);
+    const NormGradient<float> gradient(group, sums[0], sums[1], first_sums[1]);
+
+    const RowIndex<unsigned> at(p.axes, row);
+    T *const to_x = dx_part(at), *const to_z = dz_part(at);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (!there(j)) continue;
-      const auto s = x.pack(slots, slot_x + j), g = dout.pack(slots, slot_d + j);
-      const auto v = z.pack(slots, slot_z + j);
       float gradient_x[kVec], gradient_z[kVec];
 #pragma unroll
       for (int q = 0; q < Parameter::kSlots; ++q) {
@@ -139,27 +159,27 @@ __global__ void __launch_bounds__(kTwoTeams<T, kVectors> ? kMostTwoTeams : kMost
         float dnorms[4];
 #pragma unroll
         for (int e = 4 * q; e < 4 * q + 4; ++e) {
-          const Gate<float> gate(gated ? v[e] : 0.0f);
-          const float from = gate_first ? s[e] * gate.value : s[e];
-          const float n = (from - mean[0]) * gradient.rstd;
-          const float dnorm = gate_last ? g[e] * gate.value : g[e];
-          dweight[j][e] += dnorm * n;
-          dnorms[e - 4 * q] = dnorm;
-          const float ds = gradient(n, w[e - 4 * q] * dnorm);
+          const float from_z = kGated ? z[j][e] : 0.0f;
+          const Gate<float> gate(from_z, kKeepsSigmoid ? kept[j][e] : sigmoid(from_z));
+          const float n = (source(j, e, gate.value) - mean) * gradient.rstd;
+          const float g = dnorm(j, e, gate.value);
+          dweight[j][e] += g * n;
+          dnorms[e - 4 * q] = g;
+          const float ds = gradient(n, w[e - 4 * q] * g);
+          gradient_x[e] = kBefore ? ds * gate.value : ds;
           const float norm = n * w[e - 4 * q] + b[e - 4 * q];
-          gradient_x[e] = gate_first ? ds * gate.value : ds;
-          gradient_z[e] = gate.slope * (gate_first ? ds * s[e] : g[e] * norm);
+          gradient_z[e] = gate.slope * (kBefore ? ds * x[j][e] : dout[j][e] * norm);
         }
         if (given(p.bias)) {
           Parameter::add(slots, kBiasSums + j * Parameter::kSlots + q, dnorms);
         }
       }
-      dx.write(to_x + channel(j), gradient_x);
-      if (gated) dz.write(to_z + channel(j), gradient_z);
+      store_rounded(to_x + j * step, gradient_x);
+      if constexpr (kGated) store_rounded(to_z + j * step, gradient_z);
     }
   }
 
-  float* const to = partials + team.strip * kParameters * p.channels + first;
+  float* const to = partials + int64_t{team.strip} * kParameters * p.channels + first;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;
@@ -181,15 +201,17 @@ __global__ void backward_elements(const RmsNormGatedParams p, const RowTeams tea
   using Acc = Accumulate<T>;
   __shared__ typename TeamSum<Acc>::Buffers buffers;
   const Team team(teams);
+  let_next_start();
   if (!team.works) return;
   TeamSum<Acc> sum(team, buffers);
+  const GroupMeans<Acc> group(p.group_size, p.eps);
   const bool gated = given(p.z);
   const bool gate_first = gated && !p.norm_before_gate;
   const bool gate_last = gated && p.norm_before_gate;
-  const int64_t first = team.group * p.group_size;
-  Acc* const to = partials + team.strip * kParameters * p.channels + first;
+  const int64_t first = int64_t{team.group} * p.group_size;
+  Acc* const to = partials + int64_t{team.strip} * kParameters * p.channels + first;
   for (int64_t row = team.strip; row < p.rows; row += team.strips) {
-    const RowIndex at(p.axes, row);
+    const RowIndex<int64_t> at(p.axes, row);
     const auto x = [&](int64_t c) { return element<T>(p.x, at(p.x, first + c)); };
     const auto z = [&](int64_t c) { return element<T>(p.z, at(p.z, first + c)); };
     const auto dout = [&](int64_t c) { return element<T>(p.dout, at(p.dout, first + c)); };
@@ -198,7 +220,7 @@ __global__ void backward_elements(const RmsNormGatedParams p, const RowTeams tea
     if (!p.is_rms_norm) {
       for (int64_t c = team.thread; c < p.group_size; c += team.threads) mean[0] += source(c);
       sum(mean);
-      mean[0] /= static_cast<Acc>(p.group_size);
+      mean[0] = group.mean(mean[0]);
     }
     for (int64_t c = team.thread; c < p.group_size; c += team.threads) {
       const Acc d = source(c) - mean[0];
@@ -209,9 +231,10 @@ __global__ void backward_elements(const RmsNormGatedParams p, const RowTeams tea
       sums[2] += wg;
     }
     sum(sums);
-    const NormGradient<Acc> gradient(sums, p.group_size, p.eps, p.is_rms_norm);
+    const NormGradient<Acc> gradient(group, sums[0], sums[1], p.is_rms_norm ? Acc(0) : sums[2]);
     for (int64_t c = team.thread; c < p.group_size; c += team.threads) {
-      const Gate<Acc> gate(gated ? z(c) : Acc(0));
+      const Acc from_z = gated ? z(c) : Acc(0);
+      const Gate<Acc> gate(from_z, sigmoid(from_z));
       const Acc from = x(c), d = dout(c), w = parameter<Acc>(p.weight, first + c);
       const Acc n = ((gate_first ? from * gate.value : from) - mean[0]) * gradient.rstd;
       const Acc dnorm = gate_last ? d * gate.value : d;
@@ -238,8 +261,7 @@ RowPlan plan(const RmsNormGatedParams& p) {
   }
   constexpr int kParameter = Vector<T>::kSize / 4;
   const int slots = kStages * 3 + kParameter * (given(p.bias) ? 3 : 1);
-  return plan_rows<T>(p.rows, p.channels / p.group_size, p.group_size, vectors, slots,
-                      kBackwardLimits);
+  return plan_rows<T>(p.rows, p.channels / p.group_size, p.group_size, vectors, slots, kShares);
 }
 
 }  // namespace
@@ -261,7 +283,10 @@ CudaStatus launch_rms_norm_gated_bwd(const RmsNormGatedParams& p, void* workspac
   if (p.rows > 0) {
     if constexpr (sizeof(T) <= 4) {
       for_vectors<T>(rows.vectors, [&](auto vectors) {
-        launch_rows(backward_vectors<T, vectors>, rows, stream, p, rows.teams, partials);
+        constexpr int kVectors = vectors;
+        for_gate_place(p, [&](auto gate) {
+          launch_rows(backward_vectors<T, kVectors, gate>, rows, stream, p, rows.teams, partials);
+        });
       });
     }
     if (rows.vectors == 0) {

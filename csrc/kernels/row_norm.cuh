@@ -2,8 +2,10 @@
 // their way through shared memory, and the addition of partial gradients.
 //
 // A team owns one group of channels of every strips-th row and walks down those rows. Vectors: a
-// thread owns the same few vectors of every row; the next row is on its way while it works on this
-// one, and it reads only what it copied itself, so that teams meet nowhere but in their sums.
+// thread owns the same few vectors of every row. In a forward a team has one row, all of it in
+// registers: blocks that come and go keep the memory busier than teams that walk. A backward walks,
+// since it adds over rows; its next row is on its way while it works on this one, and a thread
+// reads only what it copied itself, so that teams meet nowhere but in their sums.
 // Elements (any strides, any width): a thread takes every threads-th channel, and each pass reads
 // its inputs again, from the cache.
 #pragma once
@@ -11,19 +13,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
+#include <limits>
 #include <type_traits>
 
 #include "device.cuh"
 #include "row_norm.h"
 
 namespace mamba_ssm::kernels {
-
-/// Threads of the largest team.
-constexpr int kMostTeam = 512;
-/// Two blocks of so many leave a thread 96 registers, which a backward of up to 16 elements needs.
-constexpr int kMostTwoTeams = 320;
-template <class T, int kVectors>
-constexpr bool kTwoTeams = kVectors * 16 / sizeof(T) <= 16;
 
 /// How a launch divides its rows.
 struct RowTeams {
@@ -39,17 +36,25 @@ struct RowTeams {
 struct Team {
   int thread, threads;
   unsigned lanes;  // of its warp
-  int64_t group, strip, strips;
+  unsigned group, strip, strips;
   bool works;  // false behind the last team, which is nobody's business but its own
 
-  __device__ explicit Team(const RowTeams& teams) : threads(teams.threads), strips(teams.strips) {
-    thread = threadIdx.x % threads;
-    const int lane = threadIdx.x % kWarpSize;
-    lanes = threads >= kWarpSize ? kAllLanes : ((1u << threads) - 1) << (lane - thread);
-    const int64_t index =
-        int64_t{blockIdx.x} * (teams.block / threads) + static_cast<int>(threadIdx.x) / threads;
-    group = teams.groups == 1 ? 0 : index % teams.groups;
-    strip = teams.groups == 1 ? index : index / teams.groups;
+  __device__ __forceinline__ explicit Team(const RowTeams& teams)
+      : threads(teams.threads), strips(static_cast<unsigned>(teams.strips)) {
+    unsigned index = blockIdx.x;
+    if (threads == teams.block) {
+      thread = static_cast<int>(threadIdx.x);
+      lanes = kAllLanes;
+    } else {  // powers of two: shifts instead of divisions
+      const int bits = 31 - __clz(threads), block_bits = 31 - __clz(teams.block);
+      thread = static_cast<int>(threadIdx.x) & (threads - 1);
+      const int lane = threadIdx.x % kWarpSize;
+      lanes = threads >= kWarpSize ? kAllLanes : ((1u << threads) - 1) << (lane - thread);
+      index = (index << (block_bits - bits)) + (threadIdx.x >> bits);
+    }
+    const unsigned groups = static_cast<unsigned>(teams.groups);
+    group = groups == 1 ? 0 : index % groups;
+    strip = groups == 1 ? index : index / groups;
     works = strip < strips;
   }
 };
@@ -67,9 +72,14 @@ class TeamSum {
   template <int kCount>
   __device__ __forceinline__ void operator()(Acc (&values)[kCount]) {
     static_assert(kCount <= kMost);
-    const int width = team_.threads < kWarpSize ? team_.threads : kWarpSize;
-    add_lanes(values, team_.lanes, width);
-    if (team_.threads <= kWarpSize) return;
+    if (team_.threads < kWarpSize) {
+      for (int distance = team_.threads / 2; distance > 0; distance /= 2) {
+        add_lanes(values, team_.lanes, distance);
+      }
+      return;
+    }
+    add_warp(values);
+    if (team_.threads == kWarpSize) return;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     if (lane == 0) {
 #pragma unroll
@@ -80,19 +90,22 @@ class TeamSum {
     for (int k = 0; k < kCount; ++k) {
       values[k] = lane < team_.threads / kWarpSize ? buffers_[turn_][k][lane] : Acc(0);
     }
-    add_lanes(values, kAllLanes, kWarpSize);
+    add_warp(values);
     turn_ ^= 1;
   }
 
  private:
   template <int kCount>
   __device__ __forceinline__ static void add_lanes(Acc (&values)[kCount], unsigned lanes,
-                                                   int width) {
-    for (int distance = width / 2; distance > 0; distance /= 2) {
+                                                   int distance) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        values[k] += __shfl_xor_sync(lanes, values[k], distance);
-      }
+    for (int k = 0; k < kCount; ++k) values[k] += __shfl_xor_sync(lanes, values[k], distance);
+  }
+  template <int kCount>
+  __device__ __forceinline__ static void add_warp(Acc (&values)[kCount]) {
+#pragma unroll
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+      add_lanes(values, kAllLanes, distance);
     }
   }
 
@@ -101,21 +114,45 @@ class TeamSum {
   int turn_ = 0;
 };
 
-/// Where a row stands along the three merged axes.
+/// Where a row stands along the three merged axes. Index: what counts rows.
+template <class Index>
 struct RowIndex {
-  int64_t i, j, k;
+  Index i, j, k;
+  bool one_axis;
 
-  __device__ __forceinline__ RowIndex(const RowAxes& axes, int64_t row) : i(0), j(0), k(row) {
-    if (axes.size[0] == 1 && axes.size[1] == 1) return;
-    k = row % axes.size[2];
-    const int64_t above = row / axes.size[2];
-    j = above % axes.size[1];
-    i = above / axes.size[1];
+  __device__ __forceinline__ RowIndex(const RowAxes& axes, Index row)
+      : i(0), j(0), k(row), one_axis(axes.size[0] == 1 && axes.size[1] == 1) {
+    if (one_axis) return;
+    k = row % static_cast<Index>(axes.size[2]);
+    const Index above = row / static_cast<Index>(axes.size[2]);
+    j = above % static_cast<Index>(axes.size[1]);
+    i = above / static_cast<Index>(axes.size[1]);
   }
   /// The element of `v` at a channel of the row.
-  __device__ __forceinline__ int64_t operator()(const View<4>& v, int64_t channel = 0) const {
-    return i * v.stride[0] + j * v.stride[1] + k * v.stride[2] + channel * v.stride[3];
+  __device__ __forceinline__ int64_t operator()(const View<4>& v, int64_t channel) const {
+    return start(v) + channel * v.stride[3];
   }
+  /// The row's first element.
+  __device__ __forceinline__ int64_t start(const View<4>& v) const {
+    const int64_t last = static_cast<int64_t>(k) * v.stride[2];
+    if (one_axis) return last;
+    return static_cast<int64_t>(i) * v.stride[0] + static_cast<int64_t>(j) * v.stride[1] + last;
+  }
+};
+
+/// Where a thread finds its part of the rows of a tensor with channels side by side.
+template <class T>
+class RowPart {
+ public:
+  __device__ __forceinline__ RowPart(const View<4>& view, int64_t channel)
+      : view_(view), first_(static_cast<T*>(view.data) + channel) {}
+  __device__ __forceinline__ T* operator()(const RowIndex<unsigned>& at) const {
+    return first_ + at.start(view_);
+  }
+
+ private:
+  const View<4>& view_;
+  T* first_;
 };
 
 template <class T>
@@ -123,27 +160,106 @@ __device__ __forceinline__ Accumulate<T> element(const View<4>& v, int64_t offse
   return to_accumulate(static_cast<const T*>(v.data)[offset]);
 }
 
-/// 1 / sqrt(sum / count + eps)
+/// Means over the channels of a group.
 template <class Acc>
-__device__ __forceinline__ Acc reciprocal_root(Acc sum, int64_t count, double eps) {
-  return rsqrt(sum / static_cast<Acc>(count) + static_cast<Acc>(eps));
-}
+struct GroupMeans {
+  Acc per_channel, eps;
+
+  __device__ __forceinline__ GroupMeans(int64_t count, double eps)
+      : per_channel(Acc(1) / static_cast<Acc>(count)), eps(static_cast<Acc>(eps)) {}
+
+  __device__ __forceinline__ Acc mean(Acc sum) const { return sum * per_channel; }
+  /// 1 / sqrt(mean + eps)
+  __device__ __forceinline__ Acc reciprocal_root(Acc sum) const { return rsqrt(mean(sum) + eps); }
+};
 
 /// From the gradient g of a normalized channel n to that of the channel.
 template <class Acc>
 struct NormGradient {
   Acc rstd, mean_g, mean_ng;
 
-  /// Sums over the group, d = s - mean: of d^2, of d g, of g.
-  __device__ NormGradient(const Acc (&sums)[3], int64_t count, double eps, bool is_rms_norm)
-      : rstd(reciprocal_root(sums[0], count, eps)),
-        mean_g(is_rms_norm ? Acc(0) : sums[2] / static_cast<Acc>(count)),
-        mean_ng(rstd * sums[1] / static_cast<Acc>(count)) {}
+  /// Sums over the group, d = s - mean: of d^2, of d g, and of g, left out for is_rms_norm.
+  __device__ __forceinline__ NormGradient(const GroupMeans<Acc>& group, Acc sum_dd, Acc sum_dg,
+                                          Acc sum_g)
+      : rstd(group.reciprocal_root(sum_dd)),
+        mean_g(group.mean(sum_g)),
+        mean_ng(rstd * group.mean(sum_dg)) {}
 
   __device__ __forceinline__ Acc operator()(Acc n, Acc g) const {
     return (g - mean_g - n * mean_ng) * rstd;
   }
 };
+
+// ---- Rows as vectors, in registers
+
+/// Vectors of a parameter.
+template <int kVec>
+class VectorParameter {
+ public:
+  __device__ __forceinline__ explicit VectorParameter(const View<1>& view)
+      : view_(view),
+        plain_(view.stride[0] == 1 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0) {}
+
+  /// kVec elements as they stand in memory, from a multiple of kVec on.
+  __device__ __forceinline__ ParameterBits<float, kVec> load(int64_t channel) const {
+    ParameterBits<float, kVec> bits;
+    if (!plain_) {
+      bits.load(view_.data, view_.dtype, channel * view_.stride[0], view_.stride[0]);
+    } else if (view_.dtype == DType::kFloat32) {
+      bits.load_floats(static_cast<const float*>(view_.data) + channel);
+    } else {
+      bits.load_halves(static_cast<const Half*>(view_.data) + channel);
+    }
+    return bits;
+  }
+  __device__ __forceinline__ void values(const ParameterBits<float, kVec>& bits,
+                                         float (&v)[kVec]) const {
+    bits.values(view_.dtype, v);
+  }
+
+ private:
+  const View<1>& view_;
+  bool plain_;
+};
+
+/// Rounds a vector and stores it.
+template <class T, int kVec>
+__device__ __forceinline__ void store_rounded(T* to, const float (&v)[kVec]) {
+  Pack<T, kVec> pack;
+  pack.round(v);
+  pack.store(to);
+}
+
+/// Subtracts the mean of the channels that are there, and leaves 0 elsewhere.
+template <int kVectors, int kVec, class There>
+__device__ __forceinline__ void subtract_mean(float (&s)[kVectors][kVec], TeamSum<float>& sum,
+                                              const GroupMeans<float>& group, const There& there) {
+  float mean[1] = {0};
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) mean[0] += s[j][e];
+  }
+  sum(mean);
+  mean[0] = group.mean(mean[0]);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    if (!there(j)) continue;
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) s[j][e] -= mean[0];
+  }
+}
+
+/// Adds kVec elements of a bias, which may be absent, from a channel on.
+template <int kVec>
+__device__ __forceinline__ void add_bias(float (&s)[kVec], const View<1>& bias, int64_t channel) {
+  if (!given(bias)) return;
+  const VectorParameter<kVec> parameter(bias);
+  float b[kVec];
+  parameter.values(parameter.load(channel), b);
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) s[e] += b[e];
+}
 
 // ---- Rows as vectors, through shared memory
 
@@ -152,6 +268,11 @@ class Slots {
  public:
   __device__ explicit Slots(uint4* shared) : mine_(shared + threadIdx.x) {}
   __device__ __forceinline__ uint4& operator[](int i) const { return mine_[i * blockDim.x]; }
+  /// What is in a slot, as elements of T.
+  template <class T>
+  __device__ __forceinline__ Pack<T, Vector<T>::kSize>& pack(int i) const {
+    return reinterpret_cast<Pack<T, Vector<T>::kSize>&>((*this)[i]);
+  }
 
  private:
   uint4* mine_;
@@ -178,14 +299,8 @@ struct RowStream {
       copy_async(reinterpret_cast<Pack<float, 4>*>(&slots[slot]), data);
       copy_async(reinterpret_cast<Pack<float, 4>*>(&slots[slot + 1]), data + 4);
     } else {
-      copy_async(reinterpret_cast<Pack<T, kVec>*>(&slots[slot]),
-                 static_cast<const T*>(view.data) + offset);
+      copy_async(&slots.pack<T>(slot), static_cast<const T*>(view.data) + offset);
     }
-  }
-
-  /// A vector that is not wide.
-  __device__ __forceinline__ static const Pack<T, kVec> pack(const Slots& slots, int slot) {
-    return *reinterpret_cast<const Pack<T, kVec>*>(&slots[slot]);
   }
 
   __device__ __forceinline__ void read(const Slots& slots, int slot, float (&v)[kVec]) const {
@@ -197,7 +312,7 @@ struct RowStream {
         for (int i = 0; i < 4; ++i) v[e + i] = pack[i];
       }
     } else {
-      const Pack<T, kVec> narrow = pack(slots, slot);
+      const Pack<T, kVec> narrow = slots.pack<T>(slot);
 #pragma unroll
       for (int e = 0; e < kVec; ++e) v[e] = narrow[e];
     }
@@ -211,27 +326,10 @@ struct RowStream {
         *reinterpret_cast<float4*>(data + e) = make_float4(v[e], v[e + 1], v[e + 2], v[e + 3]);
       }
     } else {
-      Pack<T, kVec> pack;
-      pack.round(v);
-      pack.store(static_cast<T*>(view.data) + offset);
+      store_rounded(static_cast<T*>(view.data) + offset, v);
     }
   }
 };
-
-/// kVec elements of a parameter from a multiple of kVec on.
-template <int kVec>
-__device__ __forceinline__ ParameterBits<float, kVec> parameter_bits(const View<1>& v,
-                                                                     int64_t channel) {
-  ParameterBits<float, kVec> bits;
-  if (v.stride[0] != 1 || reinterpret_cast<uintptr_t>(v.data) % 16 != 0) {
-    bits.load(v.data, v.dtype, channel * v.stride[0], v.stride[0]);
-  } else if (v.dtype == DType::kFloat32) {
-    bits.load_floats(static_cast<const float*>(v.data) + channel);
-  } else {
-    bits.load_halves(static_cast<const Half*>(v.data) + channel);
-  }
-  return bits;
-}
 
 /// Elements of a parameter, or sums for its gradient, that belong to the vectors of a thread: kept
 /// as float in its slots.
@@ -241,7 +339,7 @@ struct SharedParameter {
 
   __device__ __forceinline__ static void keep(const Slots& slots, int slot, const View<1>& v,
                                               int64_t channel) {
-    const auto bits = parameter_bits<kVec>(v, channel);
+    const auto bits = VectorParameter<kVec>(v).load(channel);
 #pragma unroll
     for (int e = 0; e < kVec; e += 4) {
       slots[slot + e / 4] = make_uint4(
@@ -287,8 +385,10 @@ struct RowPlan {
 /// Bytes of shared memory of a block that are the runtime's and the sums'.
 constexpr int64_t kReservedShared = 2048;
 
-/// Fills the multiprocessors with about so many threads each.
+/// Fills the multiprocessors with about so many threads each; 0: a team for each row.
 inline void place_teams(RowPlan& plan, int64_t rows, int threads_resident) {
+  plan.teams.strips = rows;
+  if (threads_resident == 0) return;
   int64_t resident = std::max(threads_resident / plan.teams.block, 1);
   if (plan.shared > 0) {
     const int64_t fit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
@@ -300,30 +400,43 @@ inline void place_teams(RowPlan& plan, int64_t rows, int threads_resident) {
   plan.teams.strips = std::min(rows, std::max<int64_t>(places / plan.teams.groups, 1));
 }
 
-/// What the registers of a kernel by vectors allow: threads of a multiprocessor, and of a team with
-/// up to 16 elements each.
-struct RowLimits {
-  int threads_resident, team;
+/// Elements of a row that a thread of a kernel by vectors has, the best first, with how many
+/// threads in a team at most, and resident on a multiprocessor (0: a team for each row): what its
+/// registers allow.
+struct RowShare {
+  int elements, team, resident;
 };
-constexpr RowLimits kForwardLimits = {1024, kMostTeam};
-constexpr RowLimits kBackwardLimits = {2 * kMostTwoTeams, kMostTwoTeams};
+using RowShares = RowShare[3];
+
+/// The launch bound of a kernel for T with kVectors.
+template <class T, int kVectors>
+constexpr int largest_team(const RowShares& shares) {
+  for (const RowShare& share : shares) {
+    if (share.elements == kVectors * Vector<T>::kSize) return share.team;
+  }
+  return 0;
+}
 
 /// `rows` of `groups` groups of `width` channels. `vectors`: whether all tensors allow them;
-/// `slots`: what a thread keeps in shared memory for each of its vectors; `most_elements`: a thread
-/// should have as many as it can.
+/// `slots`: what a thread keeps in shared memory for each of its vectors.
 template <class T>
 RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int slots,
-                  const RowLimits& limits, bool most_elements = false) {
+                  const RowShares& shares) {
   constexpr int kVec = Vector<T>::kSize;
   constexpr int kSmallBlock = 128;
   RowPlan best{};
-  if (vectors && width % kVec == 0) {
+  // The kernels by vectors count teams in 32 bits.
+  if (vectors && width % kVec == 0 && rows * groups <= std::numeric_limits<int32_t>::max()) {
     double best_use = 0;
-    // Of a thread, the best first: where a block's latency counts, more threads.
-    constexpr int kOrders[3][3] = {{16, 8, 32}, {32, 16, 8}, {8, 16, 32}};
-    const int order = rows * groups <= multiprocessor_count() ? 2 : most_elements;
-    for (const int elements : kOrders[order]) {
-      const int64_t per_thread = elements / kVec;
+    int resident = 0;
+    RowShares order;
+    std::copy(std::begin(shares), std::end(shares), order);
+    if (rows * groups <= multiprocessor_count()) {  // a row's latency counts: more threads for it
+      std::sort(std::begin(order), std::end(order),
+                [](const RowShare& a, const RowShare& b) { return a.elements < b.elements; });
+    }
+    for (const RowShare& share : order) {
+      const int64_t per_thread = share.elements / kVec;
       int64_t threads = ceil_div(width / kVec, per_thread);
       if (threads <= kWarpSize) {
         int64_t power = 1;
@@ -332,7 +445,7 @@ RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int
       } else {
         threads = ceil_div(threads, kWarpSize) * kWarpSize;
       }
-      if (threads > (elements <= 16 ? limits.team : kMostTeam)) continue;
+      if (threads > share.team) continue;
       const double use = static_cast<double>(width / kVec) / (threads * per_thread);
       if (use <= best_use) continue;
       RowPlan plan{};
@@ -347,9 +460,10 @@ RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int
       }
       best = plan;
       best_use = use;
+      resident = share.resident;
     }
     if (best_use > 0) {
-      place_teams(best, rows, limits.threads_resident);
+      place_teams(best, rows, resident);
       return best;
     }
   }
@@ -359,6 +473,13 @@ RowPlan plan_rows(int64_t rows, int64_t groups, int64_t width, bool vectors, int
   best.teams.groups = groups;
   place_teams(best, rows, 4 * kBlock);
   return best;
+}
+
+/// A kernel without dynamic shared memory that waits for what is before it.
+template <auto kKernel, class Params>
+void launch_rows_overlapped(const RowPlan& plan, cudaStream_t stream, const Params& p) {
+  launch_overlapped<kKernel>(dim3(static_cast<unsigned>(plan.teams.blocks())), plan.teams.block, 0,
+                             stream, p, plan.teams);
 }
 
 template <class Kernel, class... Arguments>
@@ -405,6 +526,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     if (blockIdx.y == k) gradient = gradients.view[k];
   }
   if (!given(gradient)) return;
+  wait_for_previous();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t channels = gradients.channels;
   const int64_t channel = blockIdx.x * int64_t{kWarpSize} + lane;
@@ -423,12 +545,13 @@ __global__ void __launch_bounds__(kReduceThreads)
   store_as(gradient.data, gradient.dtype, channel * gradient.stride[0], sum);
 }
 
+/// Its start overlaps with the end of the kernel that writes the partial sums.
 template <class Acc, int kParameters>
 void launch_reduce(const ParameterGradients<kParameters>& gradients, const void* workspace,
                    cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(ceil_div(gradients.channels, kWarpSize)), kParameters);
-  reduce_partials<Acc, kParameters>
-      <<<blocks, kReduceThreads, 0, stream>>>(gradients, static_cast<const Acc*>(workspace));
+  launch_overlapped<reduce_partials<Acc, kParameters>>(blocks, kReduceThreads, 0, stream, gradients,
+                                                       static_cast<const Acc*>(workspace));
 }
 
 }  // namespace mamba_ssm::kernels
