@@ -50,13 +50,14 @@ std::tuple<Tensor, Tensor> decode_linear_prenorm_meta(const Tensor& x, const Ten
           empty_rows(x, ops::residual_type(x, residual, residual_in_fp32))};
 }
 
-/// True where decode_linear is the faster one. Measured on an NVIDIA H100 with bfloat16,
-/// 2026-11-26: one row is faster at every size, 3 us for 4.7 MB where cuBLAS takes 4.5, and 86 for
-/// 257 MB where it takes 96; four rows are at 4.7 MB and are not at 26 MB. A norm is made anew for
-/// each row, and beyond kDecodeLinearNormed features it has no fast kernel. The numbers of
-/// features and rows must be known, since a graph for all sizes can hold one answer only.
+/// True where decode_linear is the faster one. Measured on an NVIDIA H200 with bfloat16 in chains
+/// of the kernels of a decode step, 2026-11-26: one row is faster at every size; a weight of 26 MB
+/// with 64 rows as fast as by cuBLAS, smaller ones faster, 52 MB slower; two rows, which have no
+/// tiles, up to 16 MB. A norm is made anew for each row, and beyond kDecodeLinearNormed features it
+/// has no fast kernel. The numbers of features and rows must be known, since a graph for all sizes
+/// can hold one answer only.
 bool prefers_decode_linear(const Tensor& x, const Tensor& weight, bool normed) {
-  constexpr int64_t kMostRows = 4, kMostElements = 8 << 20;
+  constexpr int64_t kVectorRows = 4, kVectorElements = 8 << 20, kTileElements = 16 << 20;
   if (!x.is_cuda() || x.dim() == 0 || weight.dim() != 2) return false;
   if (x.scalar_type() != weight.scalar_type()) return false;
   if (at::autocast::is_autocast_enabled(at::kCUDA)) return false;
@@ -65,7 +66,12 @@ bool prefers_decode_linear(const Tensor& x, const Tensor& weight, bool normed) {
   if (!size || !elements || !in_features || *size == 0 || *elements == 0) return false;
   const int64_t rows = *size / *in_features;
   if (normed) return rows == 1 && *in_features <= kDecodeLinearNormed;
-  return rows == 1 || (rows <= kMostRows && *elements <= kMostElements);
+  if (rows == 1) return true;
+  if (rows <= kVectorRows && *elements <= kVectorElements) return true;
+  constexpr int64_t kVector = 8;  // elements of 16 bits, as tiles are read
+  return rows > 2 && *elements < kTileElements && *in_features % kVector == 0 &&
+         rows <=
+             mamba_ssm_decode_linear_rows(x.get_device(), static_cast<int32_t>(x.scalar_type()));
 }
 
 /// (..., n) as (rows, n).

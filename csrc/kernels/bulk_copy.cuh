@@ -131,6 +131,16 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, int
 #endif
 }
 
+/// Asks the L2 cache for a box.
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, int row, int t, int head,
+                                             int column) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map),
+               "r"(column), "r"(head), "r"(t), "r"(row)
+               : "memory");
+#endif
+}
+
 /// Asks for `bytes` bytes; they, and both addresses, are multiples of 16.
 __device__ __forceinline__ void copy_bytes(void* shared, const void* global, int bytes,
                                            CopyBarrier& barrier) {

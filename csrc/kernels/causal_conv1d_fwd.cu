@@ -3,9 +3,11 @@
 // Channel-last data: a thread owns a pack of channels and walks a strip of tokens, the last width
 // inputs in registers, the next ones on their way to shared memory. Channel-first data: a warp owns
 // a strip of one row, a thread vectors along time; the width - 1 inputs before a vector come from
-// the lane to the left. Both write the final states of a row where its last strip ends. Everything
-// else (other widths, float64, strides without packs): a thread per output, and a kernel more for
-// the final states.
+// the lane to the left; several short rows share a warp. All write the final states of a row where
+// its last strip ends. Everything else (other widths, float64, strides without packs): a thread per
+// output, and a kernel more for the final states.
+#include <limits>
+
 #include "causal_conv1d.cuh"
 #include "launch.cuh"
 
@@ -261,6 +263,67 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// Rows of at most kLanes vectors, without ids or initial states, wherever they start: kLanes lanes
+/// have kShortRows rows, all in flight at once.
+[[maybe_unused]] constexpr int kShortRows = 4;  // double has none
+
+template <class T, int kWidth, int kLanes>
+__global__ void __launch_bounds__(kThreads)
+    forward_short_rows(const CausalConv1dParams p, const unsigned rows) {
+  using Acc = Accumulate<T>;
+  constexpr int kVec = Vector<T>::kSize;
+  constexpr int kHalo = kWidth - 1;
+  constexpr unsigned kTeams = kThreads / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const int u = lane * kVec;
+  const int count = max(min(static_cast<int>(p.seqlen) - u, kVec), 0);
+  // Rows that stand next to one another in memory are neighbors here.
+  const bool batch_inside = p.x.stride[0] < p.x.stride[1];
+  const unsigned inner = static_cast<unsigned>(batch_inside ? p.batch : p.dim);
+  unsigned b[kShortRows], c[kShortRows];
+  bool exists[kShortRows];
+  Pack<T, kVec> x[kShortRows] = {};
+#pragma unroll
+  for (int i = 0; i < kShortRows; ++i) {
+    const unsigned row = (blockIdx.x * kShortRows + i) * kTeams + threadIdx.x / kLanes;
+    exists[i] = row < rows;
+    b[i] = batch_inside ? row % inner : row / inner;
+    c[i] = batch_inside ? row / inner : row % inner;
+    if (!exists[i]) continue;
+    const T* const from =
+        static_cast<const T*>(p.x.data) + b[i] * p.x.stride[0] + c[i] * p.x.stride[1] + u;
+    load_words(x[i], from, count);
+  }
+#pragma unroll
+  for (int i = 0; i < kShortRows; ++i) {
+    const Taps<T, 1, kWidth> taps(p.weight, p.bias, exists[i] ? c[i] : 0);
+    Acc window[kHalo + kVec];  // inputs of tokens u - kHalo .. u + kVec - 1
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) window[kHalo + e] = x[i][e];
+#pragma unroll
+    for (int j = 0; j < kHalo; ++j) {
+      const Acc left = __shfl_up_sync(kAllLanes, window[kVec + j], 1, kLanes);
+      window[j] = lane == 0 ? Acc(0) : left;
+    }
+    Acc sum[kVec];
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      sum[e] = taps.bias[0];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sum[e] += taps.weight[k][0] * window[e + k];
+      if (p.silu) sum[e] = silu(sum[e]);
+    }
+    if (!exists[i]) continue;
+    Pack<T, kVec> rounded;
+    rounded.round(sum);
+    T* const to = static_cast<T*>(p.out.data) + b[i] * p.out.stride[0] + c[i] * p.out.stride[1] + u;
+    store_words(rounded, to, count);
+    if (lane < kHalo) {
+      write_final_state<T>(p, extended_ids<false>(p, b[i], -1), p.seqlen - 1, b[i], c[i], lane);
+    }
+  }
+}
+
 /// A block owns 32 positions of the axis that is denser in memory, kDepth of the other.
 constexpr int kDepth = 8 * kWarps;
 
@@ -332,8 +395,28 @@ bool try_walks(const CausalConv1dParams& p, cudaStream_t stream) {
     });
     return true;
   }
+  constexpr int kSize = Vector<T>::kSize;
+  const bool plain = !given(p.seq_idx) && !given(p.initial_states);
+  if (plain && p.x.stride[2] == 1 && p.out.stride[2] == 1 && p.seqlen <= kWarpSize * kSize &&
+      p.batch * p.dim <= std::numeric_limits<int32_t>::max()) {
+    const auto rows = static_cast<unsigned>(p.batch * p.dim);
+    for_width(p.width, [&](auto width) {
+      const auto launch = [&](auto lanes) {
+        constexpr unsigned kRowsOfBlock = kThreads / lanes * kShortRows;
+        const unsigned blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock;
+        forward_short_rows<T, width, lanes><<<blocks, kThreads, 0, stream>>>(p, rows);
+      };
+      if (p.seqlen <= 8 * kSize) {
+        launch(std::integral_constant<int, 8>{});
+      } else if (p.seqlen <= 16 * kSize) {
+        launch(std::integral_constant<int, 16>{});
+      } else {
+        launch(std::integral_constant<int, kWarpSize>{});
+      }
+    });
+    return true;
+  }
   if (tokens_are_vectors<T>(p.x, p.out)) {
-    constexpr int kSize = Vector<T>::kSize;
     constexpr int64_t kStep = kWarpSize * kSize;
     const int64_t phase = most_phase<T>(p.x);
     const int64_t tokens = p.seqlen + phase;
@@ -341,7 +424,6 @@ bool try_walks(const CausalConv1dParams& p, cudaStream_t stream) {
     strips.groups = static_cast<unsigned>(ceil_div(p.dim, kWarps));
     strips.blocks = static_cast<unsigned>(ceil_div(tokens, kSteps * kStep));
     strips.length = static_cast<int>(ceil_div(ceil_div(tokens, strips.blocks), kStep) * kStep);
-    const bool plain = !given(p.seq_idx) && !given(p.initial_states);
     const bool aligned = plain && phase == 0 && p.seqlen % kSize == 0;
     const auto blocks = static_cast<unsigned>(p.batch * strips.blocks * strips.groups);
     for_width(p.width, [&](auto width) {

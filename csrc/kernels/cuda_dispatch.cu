@@ -52,6 +52,10 @@ CudaStatus decode_linear_cuda(const DecodeLinearParams& p, CudaStream stream) {
   return for_element(p.dtype, [&](auto t) { return launch_decode_linear<decltype(t)>(p, stream); });
 }
 
+int64_t decode_linear_cuda_rows(DType dtype) {
+  return for_element(dtype, [](auto t) { return most_decode_linear_rows<decltype(t)>(); });
+}
+
 size_t selective_scan_fwd_cuda_workspace(const SelectiveScanParams& p) {
   return for_element(p.dtype, [&](auto t) { return workspace_selective_scan_fwd<decltype(t)>(p); });
 }

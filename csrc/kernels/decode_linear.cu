@@ -4,13 +4,15 @@
 // vector of these rows of the weight, and their sums are added in a fixed order. A norm before the
 // product costs no launch of its own: each block makes the operands again, and scales its sums at
 // the end. What a thread reads first is on its way to the L2 cache before the kernel that makes x
-// has ended. Elements (any strides, any sizes): a warp owns a result. The order of a sum depends on
-// the weight's sizes and the norm alone.
+// has ended. More than two rows without a norm go by tiles (decode_linear_tiles.cuh). Elements (any
+// strides, any sizes): a warp owns a result. The order of a sum depends on which of these it is, on
+// the weight's sizes and on the norm alone.
 #include <cuda_runtime.h>
 #include <mamba_ssm/limits.h>
 
 #include <algorithm>
 
+#include "decode_linear_tiles.cuh"
 #include "launch.cuh"
 
 namespace mamba_ssm::kernels {
@@ -386,6 +388,67 @@ void launch_normed(const DecodeLinearParams& p, cudaStream_t stream) {
   }
 }
 
+constexpr int kTileRows = 64;  // of a launch, at most
+
+/// True if the current device multiplies by tiles.
+template <class T>
+bool has_tiles() {
+  return can_overlap<by_tiles<T, kTileRows, 64, 1>>() && tensor_map_encoder() != nullptr;
+}
+
+/// More rows than by_vectors is good for. How a sum is split depends on the weight alone, so that a
+/// row's results do not depend on the others. False where the copy engine cannot serve the call.
+template <class T, int kOutputs>
+bool try_tiles(const DecodeLinearParams& p, int64_t places, cudaStream_t stream) {
+  const auto describe = [&](TensorMap& map, const View<2>& v, int64_t rows, int box_rows) {
+    const View<4> view{v.data, v.dtype, {0, v.stride[0], 0, v.stride[1]}};
+    return describe_tensor<T>(map, view, 1, rows, 1, p.in_features, box_rows, kPanel);
+  };
+  TensorMap weight;
+  if (!describe(weight, p.weight, p.out_features, kOutputs)) return false;
+  const int64_t tiles = ceil_div(p.out_features, kOutputs);
+  const int64_t panels = ceil_div(p.in_features, kPanel);
+  const int64_t most_splits = std::min(places / tiles, panels);
+  const auto launch = [&](auto rows, auto splits, int64_t first_row) {
+    using Tiles = LinearTiles<T, rows, kOutputs, splits>;
+    TensorMap x;
+    if (!describe(x, p.x, p.rows, rows)) return false;
+    const int stages = Tiles::stages(panels);
+    launch_clusters_overlapped<by_tiles<T, rows, kOutputs, splits>>(
+        dim3(static_cast<unsigned>(tiles), splits), splits, Tiles::kThreads, Tiles::shared(stages),
+        stream, p, weight, x, first_row, stages);
+    return true;
+  };
+  const auto launch_rows = [&](auto rows, int64_t first_row) {
+    if (most_splits >= 8) return launch(rows, std::integral_constant<int, 8>{}, first_row);
+    if (most_splits >= 4) return launch(rows, std::integral_constant<int, 4>{}, first_row);
+    if (most_splits >= 2) return launch(rows, std::integral_constant<int, 2>{}, first_row);
+    return launch(rows, std::integral_constant<int, 1>{}, first_row);
+  };
+  for (int64_t row = 0; row < p.rows; row += kTileRows) {
+    const int64_t left = p.rows - row;
+    const bool done = left <= 16   ? launch_rows(std::integral_constant<int, 16>{}, row)
+                      : left <= 32 ? launch_rows(std::integral_constant<int, 32>{}, row)
+                                   : launch_rows(std::integral_constant<int, kTileRows>{}, row);
+    if (!done) return false;
+  }
+  return true;
+}
+
+/// A small weight in narrow tiles, whose sums have the shorter way through a cluster; a large one
+/// with more blocks on their way.
+template <class T>
+bool try_tiles(const DecodeLinearParams& p, cudaStream_t stream) {
+  constexpr int64_t kFewRows = 2, kLarge = 4 << 20;
+  if (p.rows <= kFewRows || given(p.norm_weight) || given(p.residual) || given(p.z) ||
+      !has_tiles<T>()) {
+    return false;
+  }
+  const int64_t places = multiprocessor_count();
+  return p.in_features * p.out_features < kLarge ? try_tiles<T, 32>(p, places, stream)
+                                                 : try_tiles<T, 64>(p, 2 * places, stream);
+}
+
 }  // namespace
 
 template <class T>
@@ -394,6 +457,9 @@ CudaStatus launch_decode_linear(const DecodeLinearParams& p, CudaStream stream_h
   if (p.rows == 0 || p.out_features == 0) return cudaSuccess;
   if constexpr (sizeof(T) <= 4) {
     if (is_by_vectors<T>(p)) {
+      if constexpr (sizeof(T) == 2) {
+        if (try_tiles<T>(p, stream)) return cudaGetLastError();
+      }
       given(p.norm_weight) ? launch_normed<T>(p, stream) : launch_plain<T>(p, stream);
       return cudaGetLastError();
     }
@@ -403,6 +469,16 @@ CudaStatus launch_decode_linear(const DecodeLinearParams& p, CudaStream stream_h
   return cudaGetLastError();
 }
 
+template <class T>
+int64_t most_decode_linear_rows() {
+  constexpr int kVectorRows = 4;
+  if constexpr (sizeof(T) == 2) {
+    if (has_tiles<T>()) return kTileRows;
+  }
+  return kVectorRows;
+}
+
 template CudaStatus launch_decode_linear<MAMBA_SSM_ELEMENT>(const DecodeLinearParams&, CudaStream);
+template int64_t most_decode_linear_rows<MAMBA_SSM_ELEMENT>();
 
 }  // namespace mamba_ssm::kernels

@@ -6,7 +6,8 @@
 //   out[r][o] = sum_i n[r][i] weight[o][i] (+ bias[o])
 //
 // in float32 (float64 for float64), with one rounding at the end. A row's result does not depend on
-// the other rows, nor on how many there are.
+// the other rows; on how many there are it depends by the order of a sum alone, which on CUDA is
+// one for one or two rows and another for more.
 //
 //   tensor                  shape                         dtype
 //   x, z                    (rows, in_features)           T: float32, float16, bfloat16, float64
@@ -17,8 +18,8 @@
 //   out                     (rows, out_features)          T
 //
 // All but x, weight and out may be absent. Strides are arbitrary. On CPU blocks of kLinearOutputs
-// outputs are the independent work items. Any number of rows is right, but up to four cost what
-// reading the weight costs.
+// outputs are the independent work items. Any number of rows is right, but only a few cost what
+// reading the weight costs: on CUDA decode_linear_cuda_rows().
 // Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.1.
 #pragma once
 
@@ -40,5 +41,7 @@ struct DecodeLinearParams {
 constexpr int kLinearOutputs = 64;
 
 CudaStatus decode_linear_cuda(const DecodeLinearParams& p, CudaStream stream);
+/// Rows that the current device multiplies with a weight which it reads once.
+int64_t decode_linear_cuda_rows(DType dtype);
 
 }  // namespace mamba_ssm::kernels

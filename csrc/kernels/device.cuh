@@ -251,6 +251,49 @@ struct alignas(kSize * sizeof(T)) Pack {
   }
 };
 
+// Elements side by side at any address, moved as the words of 4 bytes that they are in: the first
+// `count` of a pack, which may be none.
+
+/// Zeros behind them.
+template <class T, int kSize>
+__device__ __forceinline__ void load_words(Pack<T, kSize>& pack, const T* p, int count) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4);
+  constexpr int kInWord = 4 / sizeof(T), kWords = Pack<T, kSize>::kWords;
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  const int before = address % 4 != 0;  // elements of the first word that are not ours
+  const auto* const words = reinterpret_cast<const uint32_t*>(address - address % 4);
+  uint32_t loaded[kWords + 1] = {};
+#pragma unroll
+  for (int i = 0; i < kWords + (kInWord > 1); ++i) {
+    if (max(kInWord * i - before, 0) < count) loaded[i] = words[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    pack.word[i] = before != 0 ? __funnelshift_r(loaded[i], loaded[i + 1], 16) : loaded[i];
+    if (kInWord > 1 && 2 * i + 1 >= count) pack.word[i] &= 2 * i < count ? 0xffff : 0;
+  }
+}
+
+template <class T, int kSize>
+__device__ __forceinline__ void store_words(const Pack<T, kSize>& pack, T* p, int count) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4);
+  constexpr int kInWord = 4 / sizeof(T), kWords = Pack<T, kSize>::kWords;
+  const int before = reinterpret_cast<uintptr_t>(p) % 4 != 0;
+  auto* const halves = reinterpret_cast<uint16_t*>(p);
+  if (before != 0 && count > 0) halves[0] = static_cast<uint16_t>(pack.word[0]);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int first = kInWord * i + before;
+    const uint32_t next = i + 1 < kWords ? pack.word[i + 1] : 0;
+    const uint32_t word = before != 0 ? __funnelshift_r(pack.word[i], next, 16) : pack.word[i];
+    if (first + kInWord <= count) {
+      *reinterpret_cast<uint32_t*>(p + first) = word;
+    } else if (first < count) {
+      halves[first] = static_cast<uint16_t>(word);
+    }
+  }
+}
+
 // Asynchronous copies to shared memory (before sm_80, and of less than 4 bytes: ordinary ones). A
 // thread commits its copies in groups and waits for groups in the order of their commits; others
 // see what it copied after a barrier.
@@ -453,21 +496,38 @@ bool can_overlap() {
 }
 
 /// Launches kKernel, which waits for what is before it, so that its start overlaps with that.
+/// Blocks next to one another in y are clusters of `cluster` blocks.
 template <auto kKernel, class... Arguments>
-void launch_overlapped(dim3 grid, int threads, size_t bytes, cudaStream_t stream,
-                       const Arguments&... arguments) {
+void launch_clusters_overlapped(dim3 grid, unsigned cluster, int threads, size_t bytes,
+                                cudaStream_t stream, const Arguments&... arguments) {
   ask_for_shared(kKernel, bytes);
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (can_overlap<kKernel>()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = 1;
+    attributes[count].val.clusterDim.y = cluster;
+    attributes[count++].val.clusterDim.z = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   cudaLaunchKernelEx(&config, kKernel, arguments...);
+}
+
+/// The same without clusters.
+template <auto kKernel, class... Arguments>
+void launch_overlapped(dim3 grid, int threads, size_t bytes, cudaStream_t stream,
+                       const Arguments&... arguments) {
+  launch_clusters_overlapped<kKernel>(grid, 1, threads, bytes, stream, arguments...);
 }
 
 }  // namespace mamba_ssm::kernels

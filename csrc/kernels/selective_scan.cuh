@@ -145,21 +145,6 @@ struct Tokens {
     }
   }
 
-  /// Tokens of 2 bytes side by side at any address, as the words of 4 bytes that they are in.
-  __device__ __forceinline__ void load_halves(const T* p) {
-    const auto address = reinterpret_cast<uintptr_t>(p);
-    const auto* const words = reinterpret_cast<const uint32_t*>(address - address % 4);
-    uint32_t loaded[kWords + 1] = {};
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) loaded[i] = words[i];
-    const bool between = address % 4 != 0;
-    if (between) loaded[kWords] = words[kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      word(i) = between ? __funnelshift_r(loaded[i], loaded[i + 1], 16) : loaded[i];
-    }
-  }
-
   // As a queue, for element by element access: code that is rarely run stays short.
 
   /// Every token moves up by one; x becomes the first.
@@ -203,15 +188,15 @@ struct Tokens {
 template <class T, bool kUneven = false>
 __device__ __forceinline__ Tokens<T> load_row(const T* data, int64_t stride, bool vectors, int t,
                                               int end) {
-  Tokens<T> tokens;
+  Tokens<T> tokens = {};
   if (vectors && t + kTokens <= end) {
 #pragma unroll
     for (int i = 0; i < kTokens; i += Tokens<T>::kSize) {
       tokens.pack[i / Tokens<T>::kSize].load(data + t + i);
     }
-  } else if (kUneven && stride == 1 && t + kTokens <= end) {
-    tokens.load_halves(data + t);
-  } else {
+  } else if (kUneven && stride == 1) {
+    load_words(tokens.pack[0], data + t, min(end - t, kTokens));
+  } else if (t < end) {
 #pragma unroll 1
     for (int i = kTokens - 1; i >= 0; --i) {
       tokens.push(t + i < end ? data[int64_t{t + i} * stride] : from_accumulate<T>(0));
@@ -227,7 +212,7 @@ __device__ __forceinline__ Tokens<T> load_tokens(const View<3>& v, bool vectors,
                               v.stride[2], vectors, t, end);
 }
 
-template <class T>
+template <class T, bool kUneven = false>
 __device__ __forceinline__ void store_tokens(const View<3>& v, bool vectors, int64_t b, int64_t c,
                                              int t, int end, const float (&x)[kTokens]) {
   T* data = static_cast<T*>(v.data) + b * v.stride[0] + c * v.stride[1];
@@ -238,6 +223,8 @@ __device__ __forceinline__ void store_tokens(const View<3>& v, bool vectors, int
     for (int i = 0; i < kTokens; i += Tokens<T>::kSize) {
       tokens.pack[i / Tokens<T>::kSize].store(data + t + i);
     }
+  } else if (kUneven && v.stride[2] == 1) {
+    store_words(tokens.pack[0], data + t, min(end - t, kTokens));
   } else {
 #pragma unroll 1
     for (int i = 0; i < kTokens && t + i < end; ++i) {

@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
   const auto load_inputs = [&](int begin) {
     const int t = begin + part * kTokens;
     const auto load = [&](const View<3>& v, unsigned bit) {
-      prefetch_tokens<T>(v, plan.vectors & bit, place.b, c, t + kTile, 0, end);
+      prefetch_tokens<T>(v, plan.vectors & bit || (kUneven && v.stride[2] == 1), place.b, c,
+                         t + kTile, 0, end);
       return load_tokens<T, kUneven>(v, plan.vectors & bit, place.b, c, t, end);
     };
     u = load(p.u, kVectorU);
@@ -167,9 +168,10 @@ __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
         share_row[t / 4 + 1] = pack(y[1]);
       };
       prepare(0, even);
+      const int last_walk = (min(kTile, place.end - begin) - 1) / (2 * kAhead) * (2 * kAhead);
 #pragma unroll 1
-      for (int t = 0; t < kTile - 2 * kAhead; t += 2 * kAhead) walk(t, std::false_type{});
-      walk(kTile - 2 * kAhead, std::true_type{});
+      for (int t = 0; t < last_walk; t += 2 * kAhead) walk(t, std::false_type{});
+      walk(last_walk, std::true_type{});
       states[block * kThreads + threadIdx.x] = pack(h);
     }
     __syncwarp();
@@ -193,7 +195,8 @@ __global__ void __launch_bounds__(kThreads, kForwardCost.resident)
       for (int j = 0; j < kTokens; ++j) y[j] *= silu(tile_z[j]);
     }
     clear_tokens(marks.padding, part, y);
-    store_tokens<T>(p.out, plan.vectors & kVectorOut, place.b, c, begin + part * kTokens, end, y);
+    store_tokens<T, kUneven>(p.out, plan.vectors & kVectorOut, place.b, c, begin + part * kTokens,
+                             end, y);
     __syncwarp();
   }
 

@@ -1,7 +1,14 @@
 // What a call of decode_linear must look like. Meaning: <mamba_ssm/ops.h>.
 #pragma once
 
+#include <cstdint>
+
 #include "checks.h"
+
+/// Rows that a CUDA device multiplies with a weight of a type which it reads once; 0 without CUDA.
+/// For the library beside this one, which decides by it.
+extern "C" __attribute__((visibility("default"))) int64_t mamba_ssm_decode_linear_rows(
+    int32_t device, int32_t dtype);
 
 namespace mamba_ssm::ops {
 

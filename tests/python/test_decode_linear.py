@@ -35,6 +35,22 @@ PLAIN = cases.variations(
     dtypes=[{"norm_weight": torch.bfloat16}, {"bias": torch.float16}],
     **SIZES,
 )
+TILES = cases.variations(
+    cases.DecodeLinear(norm=False, z=False, rows=20, in_features=520, out_features=200),
+    {"rows": 64, "in_features": 48, "out_features": 1536},
+    {"rows": 64, "in_features": 5120, "out_features": 192},
+    {"rows": 64, "in_features": 2048, "out_features": 2101},
+    {"rows": 33, "in_features": 2560, "out_features": 1640},
+    {"rows": 3, "in_features": 4096, "out_features": 1032},
+    {"rows": 7, "in_features": 64, "out_features": 65600},
+    rows=[3, 16, 17, 32, 33, 64, 65, 150],
+    in_features=[8, 64, 72, 130, 1000, 1536],
+    out_features=[1, 2, 7, 32, 33, 80, 768, 3352],
+    bias=[False],
+    layouts=[{"x": "transposed"}, {"x": "sliced"}, {"weight": "sliced"}],
+    layout=poison.LAYOUTS[1:],
+    dtypes=[{"bias": torch.bfloat16}],
+)
 PRENORM = cases.variations(
     cases.DecodeLinearPrenorm(),
     {"residual": False, "residual_in_fp32": True},
@@ -61,6 +77,7 @@ def with_own_residual(rows):
     "case",
     [
         *(pytest.param(c, id=n) for n, c in cases.with_dtypes(PLAIN).items()),
+        *(pytest.param(c, id=f"tiles-{n}") for n, c in cases.with_dtypes(TILES).items()),
         *with_own_residual(cases.with_dtypes(PRENORM)),
     ],
 )
@@ -70,6 +87,7 @@ def test_against_oracle(case, device):
 
 CASES = {
     "plain": cases.DecodeLinear(rows=5, in_features=264, out_features=70, norm=False),
+    "shared": cases.DecodeLinear(rows=40, in_features=1096, out_features=70, norm=False),
     "gate": cases.DecodeLinear(rows=5, in_features=264, out_features=70),
     "prenorm": cases.DecodeLinearPrenorm(rows=5, in_features=264, out_features=70),
 }
@@ -91,11 +109,13 @@ def test_laws(case, dtype, device):
 @floats
 @pytest.mark.parametrize("in_features", [264, 33])
 def test_a_row_is_that_row_alone(case, dtype, in_features, device):
+    """Or with copies of itself, where one or two rows are summed in an order of their own."""
     call = dataclasses.replace(case, dtype=dtype, in_features=in_features).call(device)
+    copies = 3 if device == "cuda" and not case.norm else 1
     rows = call.invoke()
     for i in range(case.rows):
         of_row = {
-            name: call.arguments[name][i : i + 1]
+            name: call.arguments[name][i : i + 1].repeat(copies, 1)
             for name in ("x", "z", "residual")
             if name in call.arguments
         }
@@ -133,6 +153,30 @@ def test_step_takes_the_kernel(case, rows, taken):
     with torch.profiler.profile() as profile:
         step_of(call.op)(**call.arguments)
     assert (f"mamba_ssm::{call.op}" in [event.key for event in profile.key_averages()]) == taken
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="the tiles are of compute capability 9.0",
+)
+@pytest.mark.parametrize(
+    "dtype, rows, in_features, out_features, taken",
+    [
+        (torch.bfloat16, 64, 1536, 80, True),
+        (torch.float16, 3, 1536, 80, True),
+        (torch.bfloat16, 65, 1536, 80, False),
+        (torch.bfloat16, 64, 1540, 80, False),
+        (torch.bfloat16, 64, 4096, 4096, False),
+        (torch.float32, 64, 1536, 80, False),
+    ],
+)
+def test_step_takes_tiles(dtype, rows, in_features, out_features, taken):
+    x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
+    weight = torch.randn(out_features, in_features, device="cuda", dtype=dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.step_linear(x, weight)
+        torch.cuda.synchronize()
+    assert any("by_tiles" in event.key for event in profile.key_averages()) == taken
 
 
 @each
