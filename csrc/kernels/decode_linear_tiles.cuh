@@ -1,9 +1,10 @@
-// decode_linear for more rows than a thread can hold sums of: tiles on the tensor cores, for devices
-// with a copy engine (compute capability 9.0 and up).
+// decode_linear for more rows than a thread can hold sums of: tiles on the tensor cores, for
+// devices with a copy engine (compute capability 9.0 and up).
 //
-// A block owns kOutputs outputs of up to kRows rows, and a warp a part of both. Panels of 64 inputs pass through a ring in shared memory. Where the outputs are too few to fill
-// the GPU, the kSplits blocks of a cluster share the inputs of one tile: each is sent the sums of
-// its part of the tile, and adds them in the order of the blocks, whenever they come.
+// A block owns kOutputs outputs of up to kRows rows, and a warp a part of both. Panels of 64 inputs
+// pass through a ring in shared memory. Where the outputs are too few to fill the GPU, the kSplits
+// blocks of a cluster share the inputs of one tile: each is sent the sums of its part of the tile,
+// and adds them in the order of the blocks, whenever they come.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -28,13 +29,15 @@ struct LinearTiles {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStageBytes = (kOutputs + kRows) * kPanel * sizeof(T);  // weight, x
   static constexpr int kMostStages = 96 * 1024 / kStageBytes;
-  static constexpr int kRowFragments = kWarpOutputs / 8;  // of a warp, side by side: 16 rows, 8 outputs
+  static constexpr int kRowFragments =
+      kWarpOutputs / 8;  // of a warp, side by side: 16 rows, 8 outputs
   static constexpr int kFragments = kWarpRows / 16 * kRowFragments;
-  static constexpr int kOwn = (kWarps * kFragments + kSplits - 1) / kSplits;  // of a block, in the end
+  static constexpr int kOwn =
+      (kWarps * kFragments + kSplits - 1) / kSplits;  // of a block, in the end
 
   /// What is behind the ring of stages in shared memory.
   struct Rest {
-    float4 sent[kSplits > 1 ? kSplits * kOwn * kWarpSize : 1];
+    float4 sent[kSplits > 1 ? kSplits* kOwn* kWarpSize : 1];
     CopyBarrier there[kMostStages];
   };
 
@@ -184,7 +187,8 @@ __global__ void __launch_bounds__(LinearTiles<T, kRows, kOutputs, kSplits>::kThr
         output + 1 < p.out_features ? parameter<float>(p.bias, output + 1) : 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + tile_row + f / Tiles::kRowFragments * 16 + half * 8 + lane / 4;
+      const int64_t row =
+          first_row + tile_row + f / Tiles::kRowFragments * 16 + half * 8 + lane / 4;
       if (row >= p.rows) continue;
       T* const to = static_cast<T*>(p.out.data) + row * p.out.stride[0] + output * p.out.stride[1];
       const float sums[2] = {d[f][2 * half] + bias[0], d[f][2 * half + 1] + bias[1]};

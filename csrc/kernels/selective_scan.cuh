@@ -21,6 +21,7 @@
 #include <mamba_ssm/limits.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "device.cuh"
@@ -729,13 +730,24 @@ bool takes_shared_path(const SelectiveScanParams& p) {
          p.dim <= kMaxSize && p.seqlen <= kMaxSize;
 }
 
-/// How long a main kernel takes, for the choice of a plan. A multiprocessor runs `resident` blocks
-/// at a time if they fit; such a round takes `latency` per token however many they are, and `work`
-/// per token and block. The kernel that finds SegmentSums adds `first_pass` of the work. No unit,
-/// but the same for all depths of a kernel.
-struct ScanCost {
+/// How long a kernel takes, for the choice of a plan. A multiprocessor runs `resident` blocks at a
+/// time if they fit; such a round takes `latency` per token however many they are, and `work` per
+/// token and block. No unit, but the same for all depths of a kernel.
+struct KernelCost {
   int resident;
-  double latency, work, first_pass;
+  double latency, work;
+
+  /// Of a token of so many blocks on each multiprocessor.
+  double token(double blocks, int64_t resident_blocks) const {
+    return latency * std::ceil(blocks / static_cast<double>(resident_blocks)) + work * blocks;
+  }
+};
+
+/// Of the main kernel and of the one before it, which finds SegmentSums. A block takes as long as
+/// `start` tokens to begin.
+struct ScanCost {
+  KernelCost main, first_pass;
+  int start;
 };
 
 /// Cuts a call into blocks of `block_channels` that use `shared` bytes, and its rows into as many
@@ -755,7 +767,7 @@ inline ScanPlan plan_scan(const SelectiveScanParams& p, int block_channels, cons
   const int64_t bytes = std::max<int64_t>(shared, segment_kernel_shared(p)) + kReserved;
   if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) + kReserved) return plan;
   const int64_t resident = std::min<int64_t>(
-      cost.resident, device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / bytes);
+      cost.main.resident, device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / bytes);
   const int64_t multiprocessors = multiprocessor_count();
   const int64_t max_segments = std::clamp<int64_t>(p.seqlen / kMinSegment, 1, kMaxSegments);
   for (int64_t wanted = 1; wanted <= max_segments; ++wanted) {
@@ -763,8 +775,10 @@ inline ScanPlan plan_scan(const SelectiveScanParams& p, int block_channels, cons
     const int64_t segments = std::max<int64_t>(1, ceil_div(p.seqlen, length));
     const int64_t blocks = p.batch * segments * plan.groups * plan.tiles;
     const int64_t share = ceil_div(blocks, multiprocessors);  // of a multiprocessor
-    const double work = cost.work * (1 + cost.first_pass * (segments - 1) / segments);
-    const double time = length * (cost.latency * ceil_div(share, resident) + work * share);
+    const double first_share = static_cast<double>(share * (segments - 1)) / segments;
+    const double time = static_cast<double>(length + cost.start) *
+                        (cost.main.token(static_cast<double>(share), resident) +
+                         cost.first_pass.token(first_share, cost.first_pass.resident));
     if (time < plan.time) {
       plan.segments = static_cast<int>(segments);
       plan.segment_length = static_cast<int>(length);

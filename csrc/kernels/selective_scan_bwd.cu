@@ -28,8 +28,12 @@ namespace {
 // states, bfloat16. With two channels per lane B and C are read, and dB and dC summed, half as
 // often; with one, blocks are smaller, and more warps fit.
 constexpr ScanCost kBackwardCost[] = {
-    {/*resident=*/4, /*latency=*/0.187, /*work=*/0.080, /*first_pass=*/0.3},
-    {/*resident=*/3, /*latency=*/0.261, /*work=*/0.1455, /*first_pass=*/0.3}};
+    {/*main=*/{/*resident=*/4, /*latency=*/0.187, /*work=*/0.080},
+     /*first_pass=*/{/*resident=*/1, /*latency=*/0, /*work=*/0.024},
+     /*start=*/0},
+    {/*main=*/{/*resident=*/3, /*latency=*/0.261, /*work=*/0.1455},
+     /*first_pass=*/{/*resident=*/1, /*latency=*/0, /*work=*/0.0437},
+     /*start=*/0}};
 constexpr int kGroup = 4;                 // tokens whose states and decays fit the registers
 constexpr int kGroups = kTile / kGroup;   // of a tile
 constexpr int kValues = 2 * kStateBlock;  // of dB and dC per token
@@ -97,7 +101,7 @@ __host__ __device__ constexpr int planes_per_warp(int state_blocks) {
 }
 
 template <class T, bool kPacked, int kDepth>
-__global__ void __launch_bounds__(kThreads, kBackwardCost[kDepth - 1].resident)
+__global__ void __launch_bounds__(kThreads, kBackwardCost[kDepth - 1].main.resident)
     backward_shared(const SelectiveScanParams p, const ScanPlan plan, const SegmentSums segments,
                     const BackwardSums sums) {
   extern __shared__ float4 shared[];

@@ -172,7 +172,6 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
   const unsigned h = blockIdx.y;
   const unsigned d = kTied ? d0 + own : d0;
   const unsigned b = kTied ? b0 : b0 + own;
-  let_next_start();
   wait_for_previous();
   if (d0 - first >= p.headdim) return;
   const auto state_index = [&](int v) { return (v * kLanes + lane) * kVec; };  // first of vector v
@@ -265,6 +264,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
     }
   };
   load_projections(token, 0);
+  let_next_start();  // its blocks would be in the way of those that have not loaded yet
 
   Acc rate[kTied ? 1 : kVectors][kTied ? 1 : kVec];  // A
 #pragma unroll

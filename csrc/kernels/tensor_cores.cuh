@@ -181,9 +181,9 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
 // ---- Products of four warps --------------------------------------------------------------------
 //
 // Where the code is made for sm_90a, four neighboring warps, the first of which has a number that
-// four divides, multiply together (wgmma): each has 16 of 64 rows of the accumulator, d[t] being the
-// D above of columns 8t .. 8t + 7. The operand B, or both, are read from tiles by the tensor cores
-// themselves; tiles start on 1024-byte boundaries.
+// four divides, multiply together (wgmma): each has 16 of 64 rows of the accumulator, d[t] being
+// the D above of columns 8t .. 8t + 7. The operand B, or both, are read from tiles by the tensor
+// cores themselves; tiles start on 1024-byte boundaries.
 
 constexpr int kRowGroup = 8 * kPanel * 2;  // bytes of 8 rows of a tile
 
