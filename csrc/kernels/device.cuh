@@ -262,15 +262,22 @@ __device__ __forceinline__ void load_words(Pack<T, kSize>& pack, const T* p, int
   const auto address = reinterpret_cast<uintptr_t>(p);
   const int before = address % 4 != 0;  // elements of the first word that are not ours
   const auto* const words = reinterpret_cast<const uint32_t*>(address - address % 4);
+  const auto* const halves = reinterpret_cast<const uint16_t*>(words);
   uint32_t loaded[kWords + 1] = {};
 #pragma unroll
   for (int i = 0; i < kWords + (kInWord > 1); ++i) {
-    if (max(kInWord * i - before, 0) < count) loaded[i] = words[i];
+    const int first = kInWord * i - before;
+    if (first >= 0 && first + kInWord <= count) {
+      loaded[i] = words[i];
+    } else if (kInWord > 1 && first >= 0 && first < count) {
+      loaded[i] = halves[2 * i];
+    } else if (first < 0 && count > 0) {
+      loaded[i] = uint32_t{halves[2 * i + 1]} << 16;
+    }
   }
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     pack.word[i] = before != 0 ? __funnelshift_r(loaded[i], loaded[i + 1], 16) : loaded[i];
-    if (kInWord > 1 && 2 * i + 1 >= count) pack.word[i] &= 2 * i < count ? 0xffff : 0;
   }
 }
 

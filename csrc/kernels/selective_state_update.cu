@@ -62,6 +62,7 @@ struct UpdateVectorsParams {
   unsigned heads_of_group;  // that read one group of B and C
   bool packed_A;            // float32 and allows vectors
   bool packed_BC;           // B and C allow packs, like the state
+  bool starts_next_early;   // see let_next_start
   bool dt_softplus, A_is_log;
   View<1> state_batch_indices;
   NarrowView<4> state;
@@ -172,6 +173,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
   const unsigned h = blockIdx.y;
   const unsigned d = kTied ? d0 + own : d0;
   const unsigned b = kTied ? b0 : b0 + own;
+  if (p.starts_next_early) let_next_start();
   wait_for_previous();
   if (d0 - first >= p.headdim) return;
   const auto state_index = [&](int v) { return (v * kLanes + lane) * kVec; };  // first of vector v
@@ -264,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
     }
   };
   load_projections(token, 0);
-  let_next_start();  // its blocks would be in the way of those that have not loaded yet
+  if (!p.starts_next_early) let_next_start();
 
   Acc rate[kTied ? 1 : kVectors][kTied ? 1 : kVec];  // A
 #pragma unroll
@@ -496,6 +498,8 @@ bool launch_arm(const SelectiveStateUpdateParams& p, cudaStream_t stream) {
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(p.headdim, kChannels)),
                   static_cast<unsigned>(p.nheads), static_cast<unsigned>(batch_blocks));
+  // The blocks of the next kernel must not be in the way of those that have not loaded yet.
+  v.starts_next_early = int64_t{grid.x} * grid.y * grid.z <= multiprocessor_count();
   launch_overlapped<update_vectors<T, S, kLanes, kVectors, kItems, kTied, kTokens>>(grid, kThreads,
                                                                                     0, stream, v);
   return true;
