@@ -168,18 +168,20 @@ def _visible(library):
 
 
 def _ops_symbols(library):
-    """Of torch the stable ABI, which is C, alone; nothing is visible."""
+    """Of torch the stable ABI, which is C, alone; visible is what the library of modules asks for."""
+    asked_for = {"mamba_ssm_decode_linear_rows"}
     found = []
     for _, symbol in _symbols(library, "--undefined-only"):
         if re.search(r"\b(at|c10|torch|caffe2)::", symbol):
             found.append(f"{OPS} asks for {symbol}, which is not in torch's stable ABI")
-    return found + [f"{OPS} lets others see {name}" for name in _visible(library)]
+    return found + [f"{OPS} lets others see {n}" for n in _visible(library) if n not in asked_for]
 
 
 def _modules_symbols(library):
     """The C++ API is visible, what it is made of not."""
     visible = _visible(library)
-    found = [] if visible else [f"{MODULES} has no visible symbols"]
+    ours = any("mamba_ssm::" in name for name in visible)
+    found = [] if ours else [f"{MODULES} has no visible symbols"]
     for name in visible:
         if not re.search(r"\bmamba_ssm::", name) or "mamba_ssm::kernels::" in name:
             found.append(f"{MODULES} lets others see {name}")
