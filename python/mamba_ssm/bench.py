@@ -449,13 +449,18 @@ def launches_of_step(model):
 
 
 def compiled(report):
-    """Forward and backward of a Mamba-2 block, in eager mode and by torch.compile."""
+    """Forward and backward of a Mamba-2 block, in eager mode and by torch.compile in two modes."""
     for d_model, batch, seqlen in ((768, 8, 2048), (2560, 4, 2048)):
         module = Mamba2(d_model, device="cuda", dtype=torch.bfloat16)
         x = torch.randn(batch, seqlen, d_model, device="cuda", dtype=torch.bfloat16)
         leaves = [x.requires_grad_(), *module.parameters()]
         dout = torch.randn_like(x)
-        for name, call in {"eager": module, "compiled": torch.compile(module)}.items():
+        calls = {
+            "eager": module,
+            "compiled": torch.compile(module),
+            "compiled, reduce-overhead": torch.compile(module, mode="reduce-overhead"),
+        }
+        for name, call in calls.items():
             ms = gpu_ms(lambda: torch.autograd.grad(call(x), leaves, dout))
             report.gpu_row(f"compile/Mamba2/d{d_model}B{batch}L{seqlen}/{name}", ms)
 
