@@ -396,8 +396,8 @@ bool has_tiles() {
   return can_overlap<by_tiles<T, kTileRows, 64, 1>>() && tensor_map_encoder() != nullptr;
 }
 
-/// More rows than by_vectors is good for. How a sum is split depends on the weight alone, so that a
-/// row's results do not depend on the others. False where the copy engine cannot serve the call.
+/// More rows than by_vectors is good for. How a sum is split depends on the weight alone. False
+/// where the copy engine cannot serve the call.
 template <class T, int kOutputs>
 bool try_tiles(const DecodeLinearParams& p, int64_t places, cudaStream_t stream) {
   const auto describe = [&](TensorMap& map, const View<2>& v, int64_t rows, int box_rows) {
@@ -441,7 +441,7 @@ template <class T>
 bool try_tiles(const DecodeLinearParams& p, cudaStream_t stream) {
   constexpr int64_t kFewRows = 2, kLarge = 4 << 20;
   if (p.rows <= kFewRows || given(p.norm_weight) || given(p.residual) || given(p.z) ||
-      !has_tiles<T>()) {
+      std::max(p.rows, p.out_features) > INT32_MAX / 2 || !has_tiles<T>()) {
     return false;
   }
   const int64_t places = multiprocessor_count();

@@ -6,8 +6,7 @@
 //   out[r][o] = sum_i n[r][i] weight[o][i] (+ bias[o])
 //
 // in float32 (float64 for float64), with one rounding at the end. A row's result does not depend on
-// the other rows; on how many there are it depends by the order of a sum alone, which on CUDA is
-// one for one or two rows and another for more.
+// the other rows; on CUDA it depends on how many there are, by the order of its sum alone.
 //
 //   tensor                  shape                         dtype
 //   x, z                    (rows, in_features)           T: float32, float16, bfloat16, float64

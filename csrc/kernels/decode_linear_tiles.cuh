@@ -29,15 +29,16 @@ struct LinearTiles {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStageBytes = (kOutputs + kRows) * kPanel * sizeof(T);  // weight, x
   static constexpr int kMostStages = 96 * 1024 / kStageBytes;
-  static constexpr int kRowFragments =
-      kWarpOutputs / 8;  // of a warp, side by side: 16 rows, 8 outputs
+  // A fragment has 16 rows and 8 outputs: those of a warp side by side, all of them, and those that
+  // a block adds up and stores.
+  static constexpr int kRowFragments = kWarpOutputs / 8;
   static constexpr int kFragments = kWarpRows / 16 * kRowFragments;
-  static constexpr int kOwn =
-      (kWarps * kFragments + kSplits - 1) / kSplits;  // of a block, in the end
+  static constexpr int kOwn = (kWarps * kFragments + kSplits - 1) / kSplits;
+  static constexpr int kSent = kSplits > 1 ? kSplits* kOwn* kWarpSize : 1;
 
   /// What is behind the ring of stages in shared memory.
   struct Rest {
-    float4 sent[kSplits > 1 ? kSplits* kOwn* kWarpSize : 1];
+    float4 sent[kSent];
     CopyBarrier there[kMostStages];
   };
 

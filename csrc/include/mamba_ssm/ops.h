@@ -185,8 +185,8 @@ layer_norm(const at::Tensor& x, const at::Tensor& weight,
 /// norm_weight (in_features); bias (out_features). Returns out (rows, out_features). n is not
 /// rounded. Made for a few rows, where the time is that of reading the weight: up to four, or 64 of
 /// a 16-bit type without a norm on CUDA devices of compute capability 9.0. A row's result does not
-/// depend on the other rows; on CUDA it is summed in one order if there are one or two rows, and in
-/// another if there are more. Not differentiable.
+/// depend on the other rows, but on CUDA the order of its sum on how many there are. Not
+/// differentiable.
 /// Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.1.
 MAMBA_SSM_API at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias = std::nullopt,
