@@ -169,7 +169,7 @@ def _visible(library):
 
 def _ops_symbols(library):
     """Of torch the stable ABI, which is C, alone; visible is what the library of modules asks for."""
-    asked_for = {"mamba_ssm_decode_linear_rows"}
+    asked_for = {"mamba_ssm_decode_linear_tile_rows"}
     found = []
     for _, symbol in _symbols(library, "--undefined-only"):
         if re.search(r"\b(at|c10|torch|caffe2)::", symbol):

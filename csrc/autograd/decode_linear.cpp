@@ -50,12 +50,12 @@ std::tuple<Tensor, Tensor> decode_linear_prenorm_meta(const Tensor& x, const Ten
           empty_rows(x, ops::residual_type(x, residual, residual_in_fp32))};
 }
 
-/// True where decode_linear is the faster one. Measured on an NVIDIA H200 with bfloat16 in chains
-/// of the kernels of a decode step, 2026-11-26: one row is faster at every size; a weight of 26 MB
-/// with 64 rows as fast as by cuBLAS, smaller ones faster, 52 MB slower; two rows, which have no
-/// tiles, up to 16 MB. A norm is made anew for each row, and beyond kDecodeLinearNormed features it
-/// has no fast kernel. The numbers of features and rows must be known, since a graph for all sizes
-/// can hold one answer only.
+/// True where decode_linear is the faster one. Measured with bfloat16, 2026-11-26: one row is
+/// faster at every size; without tiles (H100) four rows are at 4.7 MB and are not at 26 MB; with
+/// tiles (H200, 64 rows among the kernels of a decode step) 26 MB take 11.3 us where cuBLAS
+/// takes 15.5, and 52 MB make a layer 1 us slower. A norm is made anew for each row, and beyond
+/// kDecodeLinearNormed features it has no fast kernel. The numbers of features and rows must be
+/// known, since a graph for all sizes can hold one answer only.
 bool prefers_decode_linear(const Tensor& x, const Tensor& weight, bool normed) {
   constexpr int64_t kVectorRows = 4, kVectorElements = 8 << 20, kTileElements = 16 << 20;
   if (!x.is_cuda() || x.dim() == 0 || weight.dim() != 2) return false;
@@ -70,8 +70,8 @@ bool prefers_decode_linear(const Tensor& x, const Tensor& weight, bool normed) {
   if (rows <= kVectorRows && *elements <= kVectorElements) return true;
   constexpr int64_t kVector = 8;  // elements of 16 bits, as tiles are read
   return rows > 2 && *elements < kTileElements && *in_features % kVector == 0 &&
-         rows <=
-             mamba_ssm_decode_linear_rows(x.get_device(), static_cast<int32_t>(x.scalar_type()));
+         rows <= mamba_ssm_decode_linear_tile_rows(x.get_device(),
+                                                   static_cast<int32_t>(x.scalar_type()));
 }
 
 /// (..., n) as (rows, n).

@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!exists[i]) continue;
     const T* const from =
         static_cast<const T*>(p.x.data) + b[i] * p.x.stride[0] + c[i] * p.x.stride[1] + u;
-    load_words(x[i], from, count);
+    load_anywhere(x[i], from, count);
   }
 #pragma unroll
   for (int i = 0; i < kShortRows; ++i) {
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads)
     Pack<T, kVec> rounded;
     rounded.round(sum);
     T* const to = static_cast<T*>(p.out.data) + b[i] * p.out.stride[0] + c[i] * p.out.stride[1] + u;
-    store_words(rounded, to, count);
+    store_anywhere(rounded, to, count);
     if (lane < kHalo) {
       write_final_state<T>(p, extended_ids<false>(p, b[i], -1), p.seqlen - 1, b[i], c[i], lane);
     }

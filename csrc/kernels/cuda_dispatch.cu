@@ -52,8 +52,8 @@ CudaStatus decode_linear_cuda(const DecodeLinearParams& p, CudaStream stream) {
   return for_element(p.dtype, [&](auto t) { return launch_decode_linear<decltype(t)>(p, stream); });
 }
 
-int64_t decode_linear_cuda_rows(DType dtype) {
-  return for_element(dtype, [](auto t) { return most_decode_linear_rows<decltype(t)>(); });
+int64_t decode_linear_cuda_tile_rows(DType dtype) {
+  return for_element(dtype, [](auto t) { return decode_linear_tile_rows<decltype(t)>(); });
 }
 
 size_t selective_scan_fwd_cuda_workspace(const SelectiveScanParams& p) {

@@ -470,15 +470,14 @@ CudaStatus launch_decode_linear(const DecodeLinearParams& p, CudaStream stream_h
 }
 
 template <class T>
-int64_t most_decode_linear_rows() {
-  constexpr int kVectorRows = 4;
+int64_t decode_linear_tile_rows() {
   if constexpr (sizeof(T) == 2) {
     if (has_tiles<T>()) return kTileRows;
   }
-  return kVectorRows;
+  return 0;
 }
 
 template CudaStatus launch_decode_linear<MAMBA_SSM_ELEMENT>(const DecodeLinearParams&, CudaStream);
-template int64_t most_decode_linear_rows<MAMBA_SSM_ELEMENT>();
+template int64_t decode_linear_tile_rows<MAMBA_SSM_ELEMENT>();
 
 }  // namespace mamba_ssm::kernels

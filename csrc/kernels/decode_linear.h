@@ -18,7 +18,7 @@
 //
 // All but x, weight and out may be absent. Strides are arbitrary. On CPU blocks of kLinearOutputs
 // outputs are the independent work items. Any number of rows is right, but only a few cost what
-// reading the weight costs: on CUDA decode_linear_cuda_rows().
+// reading the weight costs: on CUDA four, or decode_linear_cuda_tile_rows().
 // Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.1.
 #pragma once
 
@@ -40,7 +40,7 @@ struct DecodeLinearParams {
 constexpr int kLinearOutputs = 64;
 
 CudaStatus decode_linear_cuda(const DecodeLinearParams& p, CudaStream stream);
-/// Rows that the current device multiplies with a weight which it reads once.
-int64_t decode_linear_cuda_rows(DType dtype);
+/// Rows that the current device multiplies at a time by tiles; 0 if it does not.
+int64_t decode_linear_cuda_tile_rows(DType dtype);
 
 }  // namespace mamba_ssm::kernels

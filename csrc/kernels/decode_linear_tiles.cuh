@@ -20,8 +20,8 @@ namespace mamba_ssm::kernels {
 template <class T, int kRows, int kOutputs, int kSplits>
 struct LinearTiles {
   static constexpr int kBlockRows = kRows, kBlockOutputs = kOutputs;
-  // As many as four warps multiply together: reading the tiles again for every warp would take
-  // longer than the memory does.
+  // The largest tiles are multiplied by four warps together: shared memory would be the limit if
+  // every warp read its operands for itself.
   static constexpr bool kTogether = kRows == 64 && kOutputs == 64;
   static constexpr int kWarpRows = kTogether ? 16 : std::min(kRows, 32);
   static constexpr int kWarpOutputs = kTogether ? kOutputs : 16;
@@ -34,7 +34,7 @@ struct LinearTiles {
   static constexpr int kRowFragments = kWarpOutputs / 8;
   static constexpr int kFragments = kWarpRows / 16 * kRowFragments;
   static constexpr int kOwn = (kWarps * kFragments + kSplits - 1) / kSplits;
-  static constexpr int kSent = kSplits > 1 ? kSplits* kOwn* kWarpSize : 1;
+  static constexpr int kSent = kSplits == 1 ? 1 : kSplits * kOwn * kWarpSize;
 
   /// What is behind the ring of stages in shared memory.
   struct Rest {

@@ -256,7 +256,7 @@ struct alignas(kSize * sizeof(T)) Pack {
 
 /// Zeros behind them.
 template <class T, int kSize>
-__device__ __forceinline__ void load_words(Pack<T, kSize>& pack, const T* p, int count) {
+__device__ __forceinline__ void load_anywhere(Pack<T, kSize>& pack, const T* p, int count) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4);
   constexpr int kInWord = 4 / sizeof(T), kWords = Pack<T, kSize>::kWords;
   const auto address = reinterpret_cast<uintptr_t>(p);
@@ -282,7 +282,7 @@ __device__ __forceinline__ void load_words(Pack<T, kSize>& pack, const T* p, int
 }
 
 template <class T, int kSize>
-__device__ __forceinline__ void store_words(const Pack<T, kSize>& pack, T* p, int count) {
+__device__ __forceinline__ void store_anywhere(const Pack<T, kSize>& pack, T* p, int count) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4);
   constexpr int kInWord = 4 / sizeof(T), kWords = Pack<T, kSize>::kWords;
   const int before = reinterpret_cast<uintptr_t>(p) % 4 != 0;

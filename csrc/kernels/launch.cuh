@@ -57,7 +57,7 @@ CudaStatus launch_selective_state_update(const SelectiveStateUpdateParams& p, Cu
 template <class T>
 CudaStatus launch_decode_linear(const DecodeLinearParams& p, CudaStream stream);
 template <class T>
-int64_t most_decode_linear_rows();
+int64_t decode_linear_tile_rows();
 
 template <class T>
 CudaStatus launch_rms_norm_gated_fwd(const RmsNormGatedParams& p, CudaStream stream);

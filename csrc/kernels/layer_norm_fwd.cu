@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(largest_team<T, kVectors>(kShares),
   const auto channel = [&](int j) { return j * step + team.thread * kVec; };
   const auto there = [&](int j) { return channel(j) < width; };
   const int64_t mine = channel(0);
-  const T* const from_x = static_cast<const T*>(p.x.data) + at.start(p.x) + mine;
-  T* const to = static_cast<T*>(p.out.data) + at.start(p.out) + mine;
+  const T* const from_x = RowPart<const T>(p.x, mine)(at);
+  T* const to = RowPart<T>(p.out, mine)(at);
   const int64_t from_residual = at.start(p.residual) + mine;
   const int64_t to_residual = at.start(p.residual_out) + mine;
   let_next_start();
@@ -94,14 +94,7 @@ __global__ void __launch_bounds__(largest_team<T, kVectors>(kShares),
     if (there(j)) weight_bits[j] = weight.load(channel(j));
   }
   if (!p.is_rms_norm) subtract_mean(s, sum, group, there);
-  float square[1] = {0};
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) square[0] += s[j][e] * s[j][e];
-  }
-  sum(square);
-  const float rstd = group.reciprocal_root(square[0]);
+  const float rstd = reciprocal_rms(s, sum, group);
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!there(j)) continue;

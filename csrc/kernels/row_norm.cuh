@@ -250,6 +250,21 @@ __device__ __forceinline__ void subtract_mean(float (&s)[kVectors][kVec], TeamSu
   }
 }
 
+/// 1 / sqrt(mean of the squares + eps)
+template <int kVectors, int kVec>
+__device__ __forceinline__ float reciprocal_rms(const float (&s)[kVectors][kVec],
+                                                TeamSum<float>& sum,
+                                                const GroupMeans<float>& group) {
+  float square[1] = {0};
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) square[0] += s[j][e] * s[j][e];
+  }
+  sum(square);
+  return group.reciprocal_root(square[0]);
+}
+
 /// Adds kVec elements of a bias, which may be absent, from a channel on.
 template <int kVec>
 __device__ __forceinline__ void add_bias(float (&s)[kVec], const View<1>& bias, int64_t channel) {

@@ -196,7 +196,7 @@ __device__ __forceinline__ Tokens<T> load_row(const T* data, int64_t stride, boo
       tokens.pack[i / Tokens<T>::kSize].load(data + t + i);
     }
   } else if (kUneven && stride == 1) {
-    load_words(tokens.pack[0], data + t, min(end - t, kTokens));
+    load_anywhere(tokens.pack[0], data + t, min(end - t, kTokens));
   } else if (t < end) {
 #pragma unroll 1
     for (int i = kTokens - 1; i >= 0; --i) {
@@ -225,7 +225,7 @@ __device__ __forceinline__ void store_tokens(const View<3>& v, bool vectors, int
       tokens.pack[i / Tokens<T>::kSize].store(data + t + i);
     }
   } else if (kUneven && v.stride[2] == 1) {
-    store_words(tokens.pack[0], data + t, min(end - t, kTokens));
+    store_anywhere(tokens.pack[0], data + t, min(end - t, kTokens));
   } else {
 #pragma unroll 1
     for (int i = 0; i < kTokens && t + i < end; ++i) {

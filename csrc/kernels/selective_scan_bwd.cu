@@ -32,7 +32,7 @@ constexpr ScanCost kBackwardCost[] = {
      /*first_pass=*/{/*resident=*/1, /*latency=*/0, /*work=*/0.024},
      /*start=*/0},
     {/*main=*/{/*resident=*/3, /*latency=*/0.261, /*work=*/0.1455},
-     /*first_pass=*/{/*resident=*/1, /*latency=*/0, /*work=*/0.0437},
+     /*first_pass=*/{/*resident=*/1, /*latency=*/0, /*work=*/0.04365},
      /*start=*/0}};
 constexpr int kGroup = 4;                 // tokens whose states and decays fit the registers
 constexpr int kGroups = kTile / kGroup;   // of a tile

@@ -62,7 +62,7 @@ struct UpdateVectorsParams {
   unsigned heads_of_group;  // that read one group of B and C
   bool packed_A;            // float32 and allows vectors
   bool packed_BC;           // B and C allow packs, like the state
-  bool starts_next_early;   // see let_next_start
+  bool starts_next_early;   // the next kernel, before the loads and not behind them
   bool dt_softplus, A_is_log;
   View<1> state_batch_indices;
   NarrowView<4> state;

@@ -82,12 +82,12 @@ STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CUDA, m) { register_all(m); }
 
 }  // namespace mamba_ssm::ops
 
-extern "C" int64_t mamba_ssm_decode_linear_rows([[maybe_unused]] int32_t device,
-                                                [[maybe_unused]] int32_t dtype) {
+extern "C" int64_t mamba_ssm_decode_linear_tile_rows([[maybe_unused]] int32_t device,
+                                                     [[maybe_unused]] int32_t dtype) {
   if constexpr (mamba_ssm::ops::kWithCuda) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     const auto type = static_cast<mamba_ssm::ops::ScalarType>(dtype);
-    return mamba_ssm::kernels::decode_linear_cuda_rows(mamba_ssm::ops::dtype_of(type));
+    return mamba_ssm::kernels::decode_linear_cuda_tile_rows(mamba_ssm::ops::dtype_of(type));
   }
   return 0;
 }

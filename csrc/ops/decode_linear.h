@@ -5,9 +5,9 @@
 
 #include "checks.h"
 
-/// Rows that a CUDA device multiplies with a weight of a type which it reads once; 0 without CUDA.
-/// For the library beside this one, which decides by it.
-extern "C" __attribute__((visibility("default"))) int64_t mamba_ssm_decode_linear_rows(
+/// Rows of a type that a CUDA device multiplies at a time by tiles; 0 if it does not. For the
+/// library beside this one, which decides by it.
+extern "C" __attribute__((visibility("default"))) int64_t mamba_ssm_decode_linear_tile_rows(
     int32_t device, int32_t dtype);
 
 namespace mamba_ssm::ops {

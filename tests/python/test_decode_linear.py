@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import cases, compare, poison, properties
+from harness.registration import fused_only
 from mamba_ssm import Mamba, Mamba2
 from mamba_ssm.modules._parts import is_unhooked
 from mamba_ssm.modules.block import Block
@@ -145,16 +146,18 @@ def test_step(case, leading, device):
         torch.testing.assert_close(result.flatten(0, -2), expected, rtol=1e-5, atol=1e-4)
 
 
+@fused_only
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is chosen on a GPU")
 @each
 @pytest.mark.parametrize("rows, taken", [(1, True), (9, False)])
-def test_step_takes_the_kernel(case, rows, taken):
+def test_cuda_step_takes_the_kernel(case, rows, taken):
     call = dataclasses.replace(case, rows=rows).call("cuda")
     with torch.profiler.profile() as profile:
         step_of(call.op)(**call.arguments)
     assert (f"mamba_ssm::{call.op}" in [event.key for event in profile.key_averages()]) == taken
 
 
+@fused_only
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
     reason="the tiles are of compute capability 9.0",
@@ -170,7 +173,7 @@ def test_step_takes_the_kernel(case, rows, taken):
         (torch.float32, 64, 1536, 80, False),
     ],
 )
-def test_step_takes_tiles(dtype, rows, in_features, out_features, taken):
+def test_cuda_step_takes_tiles(dtype, rows, in_features, out_features, taken):
     x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
     weight = torch.randn(out_features, in_features, device="cuda", dtype=dtype)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -421,9 +421,8 @@ class DecodingCGCache:
     max_seqlen: int = 0
     callables: dict = field(default_factory=dict)  # (batch size, tokens per row) -> run of a graph
     inference_params: Optional[InferenceParams] = None
-    run: Optional[Callable] = (
-        None  # the run of capture_graph, of the graph for the shape of its ids
-    )
+    # The run of capture_graph, of the graph for the shape of its ids.
+    run: Optional[Callable] = None
     # As callables, of prompts; None: the shape came once, and has no graph yet.
     prompts: dict = field(default_factory=dict, init=False)
     device = None
