@@ -388,7 +388,7 @@ void launch_normed(const DecodeLinearParams& p, cudaStream_t stream) {
   }
 }
 
-constexpr int kTileRows = 64;  // of a launch, at most
+constexpr int kTileRows = 64;  // of a tile, at most
 
 /// True if the current device multiplies by tiles.
 template <class T>
@@ -396,57 +396,56 @@ bool has_tiles() {
   return can_overlap<by_tiles<T, kTileRows, 64, 1>>() && tensor_map_encoder() != nullptr;
 }
 
-/// More rows than by_vectors is good for. How a sum is split depends on the weight alone. False
-/// where the copy engine cannot serve the call.
+/// More rows than by_vectors is good for. How a sum is split depends on the weight, and beyond
+/// kTileRows on the number of rows. False where the copy engine cannot serve the call.
 template <class T, int kOutputs>
 bool try_tiles(const DecodeLinearParams& p, int64_t places, cudaStream_t stream) {
   const auto describe = [&](TensorMap& map, const View<2>& v, int64_t rows, int box_rows) {
     const View<4> view{v.data, v.dtype, {0, v.stride[0], 0, v.stride[1]}};
     return describe_tensor<T>(map, view, 1, rows, 1, p.in_features, box_rows, kPanel);
   };
-  TensorMap weight;
-  if (!describe(weight, p.weight, p.out_features, kOutputs)) return false;
   const int64_t tiles = ceil_div(p.out_features, kOutputs);
   const int64_t panels = ceil_div(p.in_features, kPanel);
-  const int64_t most_splits = std::min(places / tiles, panels);
-  const auto launch = [&](auto rows, auto splits, int64_t first_row) {
+  const auto launch = [&](auto rows, auto splits) {
     using Tiles = LinearTiles<T, rows, kOutputs, splits>;
-    TensorMap x;
-    if (!describe(x, p.x, p.rows, rows)) return false;
+    TensorMap weight, x;
+    if (!describe(weight, p.weight, p.out_features, kOutputs) || !describe(x, p.x, p.rows, rows)) {
+      return false;
+    }
     const int stages = Tiles::stages(panels);
+    const dim3 grid(static_cast<unsigned>(tiles), splits,
+                    static_cast<unsigned>(ceil_div(p.rows, int64_t{rows})));
     launch_clusters_overlapped<by_tiles<T, rows, kOutputs, splits>>(
-        dim3(static_cast<unsigned>(tiles), splits), splits, Tiles::kThreads, Tiles::shared(stages),
-        stream, p, weight, x, first_row, stages);
+        grid, splits, Tiles::kThreads, Tiles::shared(stages), stream, p, weight, x, stages);
     return true;
   };
-  const auto launch_rows = [&](auto rows, int64_t first_row) {
-    if (most_splits >= 8) return launch(rows, std::integral_constant<int, 8>{}, first_row);
-    if (most_splits >= 4) return launch(rows, std::integral_constant<int, 4>{}, first_row);
-    if (most_splits >= 2) return launch(rows, std::integral_constant<int, 2>{}, first_row);
-    return launch(rows, std::integral_constant<int, 1>{}, first_row);
+  const auto launch_rows = [&](auto rows) {
+    const int64_t most_splits =
+        std::min(places / (tiles * ceil_div(p.rows, int64_t{rows})), panels);
+    if (most_splits >= 8) return launch(rows, std::integral_constant<int, 8>{});
+    if (most_splits >= 4) return launch(rows, std::integral_constant<int, 4>{});
+    if (most_splits >= 2) return launch(rows, std::integral_constant<int, 2>{});
+    return launch(rows, std::integral_constant<int, 1>{});
   };
-  for (int64_t row = 0; row < p.rows; row += kTileRows) {
-    const int64_t left = p.rows - row;
-    const bool done = left <= 16   ? launch_rows(std::integral_constant<int, 16>{}, row)
-                      : left <= 32 ? launch_rows(std::integral_constant<int, 32>{}, row)
-                                   : launch_rows(std::integral_constant<int, kTileRows>{}, row);
-    if (!done) return false;
-  }
-  return true;
+  if (p.rows <= 16) return launch_rows(std::integral_constant<int, 16>{});
+  if (p.rows <= 32) return launch_rows(std::integral_constant<int, 32>{});
+  return launch_rows(std::integral_constant<int, kTileRows>{});
 }
 
-/// A small weight in narrow tiles, whose sums have the shorter way through a cluster; a large one
-/// with more blocks on their way.
+/// A small weight in narrow tiles, whose sums have the shorter way through a cluster; a large one,
+/// or more rows than one tile has, with more blocks on their way.
 template <class T>
 bool try_tiles(const DecodeLinearParams& p, cudaStream_t stream) {
   constexpr int64_t kFewRows = 2, kLarge = 4 << 20;
-  if (p.rows <= kFewRows || given(p.norm_weight) || given(p.residual) || given(p.z) ||
-      std::max(p.rows, p.out_features) > INT32_MAX / 2 || !has_tiles<T>()) {
+  constexpr int64_t kMostRows = int64_t{kTileRows} * 65535;  // of a grid's third axis
+  if (p.rows <= kFewRows || p.rows > kMostRows || p.out_features > INT32_MAX / 2 ||
+      given(p.norm_weight) || given(p.residual) || given(p.z) || !has_tiles<T>()) {
     return false;
   }
   const int64_t places = multiprocessor_count();
-  return p.in_features * p.out_features < kLarge ? try_tiles<T, 32>(p, places, stream)
-                                                 : try_tiles<T, 64>(p, 2 * places, stream);
+  return p.rows <= kTileRows && p.in_features * p.out_features < kLarge
+             ? try_tiles<T, 32>(p, places, stream)
+             : try_tiles<T, 64>(p, 2 * places, stream);
 }
 
 }  // namespace

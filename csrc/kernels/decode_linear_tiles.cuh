@@ -90,16 +90,18 @@ __device__ __forceinline__ void multiply_panel(float (&d)[kFragments][4], const 
   }
 }
 
-/// The grid: (tiles of outputs, kSplits); blocks next to one another in y are a cluster.
+/// The grid: (tiles of outputs, kSplits, tiles of rows); blocks next to one another in y are a
+/// cluster.
 template <class T, int kRows, int kOutputs, int kSplits>
 __global__ void __launch_bounds__(LinearTiles<T, kRows, kOutputs, kSplits>::kThreads, 2)
     by_tiles(const DecodeLinearParams p, const __grid_constant__ TensorMap weight,
-             const __grid_constant__ TensorMap x, const int64_t first_row, const int stages) {
+             const __grid_constant__ TensorMap x, const int stages) {
 #if __CUDA_ARCH__ >= 900
   using Tiles = LinearTiles<T, kRows, kOutputs, kSplits>;
   extern __shared__ __align__(1024) unsigned char ring[];
   auto& shared = *reinterpret_cast<typename Tiles::Rest*>(ring + stages * Tiles::kStageBytes);
   const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
+  const int first_row = static_cast<int>(blockIdx.z) * kRows;
   const int rank = static_cast<int>(blockIdx.y);
   const int all_panels = static_cast<int>(ceil_div(p.in_features, kPanel));
   const int begin = rank * all_panels / kSplits;
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(LinearTiles<T, kRows, kOutputs, kSplits>::kThr
     unsigned char* const x_tile = weight_tile + kOutputs * kPanel * sizeof(T);
     const int column = (begin + panel) * kPanel;
     shared.there[stage].expect(Tiles::kStageBytes);
-    copy_box(x_tile, x, 0, static_cast<int>(first_row), 0, column, shared.there[stage]);
+    copy_box(x_tile, x, 0, first_row, 0, column, shared.there[stage]);
     copy_box(weight_tile, weight, 0, first_output, 0, column, shared.there[stage]);
   };
   for (int i = 0; i < stages; ++i) fetch(i, i);

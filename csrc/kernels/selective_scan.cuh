@@ -198,9 +198,16 @@ __device__ __forceinline__ Tokens<T> load_row(const T* data, int64_t stride, boo
   } else if (kUneven && stride == 1) {
     load_anywhere(tokens.pack[0], data + t, min(end - t, kTokens));
   } else if (t < end) {
+    constexpr int kAtOnce = 4;  // on their way
 #pragma unroll 1
-    for (int i = kTokens - 1; i >= 0; --i) {
-      tokens.push(t + i < end ? data[int64_t{t + i} * stride] : from_accumulate<T>(0));
+    for (int i = kTokens - kAtOnce; i >= 0; i -= kAtOnce) {
+      T x[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        x[j] = t + i + j < end ? data[int64_t{t + i + j} * stride] : from_accumulate<T>(0);
+      }
+#pragma unroll
+      for (int j = kAtOnce - 1; j >= 0; --j) tokens.push(x[j]);
     }
   }
   return tokens;

@@ -498,8 +498,10 @@ bool launch_arm(const SelectiveStateUpdateParams& p, cudaStream_t stream) {
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(p.headdim, kChannels)),
                   static_cast<unsigned>(p.nheads), static_cast<unsigned>(batch_blocks));
-  // The blocks of the next kernel must not be in the way of those that have not loaded yet.
-  v.starts_next_early = int64_t{grid.x} * grid.y * grid.z <= multiprocessor_count();
+  // The blocks of the next kernel must not be in the way of those that have not loaded yet, nor of
+  // their loads, which are more in a block of tied rows.
+  constexpr int kBlocks = kTied ? 1 : 2;  // of a multiprocessor
+  v.starts_next_early = int64_t{grid.x} * grid.y * grid.z <= kBlocks * multiprocessor_count();
   launch_overlapped<update_vectors<T, S, kLanes, kVectors, kItems, kTied, kTokens>>(grid, kThreads,
                                                                                     0, stream, v);
   return true;

@@ -80,18 +80,17 @@ class StepGraph {
  public:
   using Step = std::function<Tensor(const Tensor&)>;
 
-  /// Captures step(tokens) for tokens of the shape of `example`; it runs a few times before, so
-  /// that the contents of the states it updates are lost. It must keep to the memory of those.
+  /// Captures step(tokens) for tokens of the shape of `example`; it runs once before, so that
+  /// the contents of the states it updates are lost. It must keep to the memory of those.
   StepGraph(const Step& step, const Tensor& example) : tokens_(at::zeros_like(example)) {
 #ifdef MAMBA_SSM_HAVE_GRAPHS
-    constexpr int kWarmups = 2;  // what libraries set up at a first call cannot be captured
     const c10::impl::VirtualGuardImpl backend(tokens_.device().type());
     const c10::Stream current = backend.getStream(tokens_.device());
     const c10::Stream side = backend.getStreamFromGlobalPool(tokens_.device());
     wait(side, current);
     {
       const c10::StreamGuard guard(side);
-      for (int i = 0; i < kWarmups; ++i) step(tokens_);
+      step(tokens_);  // what libraries set up at a first call cannot be captured
       // Other threads go on using the GPU meanwhile.
       graph_.capture_begin(/*pool=*/{0, 0}, at::GraphCaptureMode::ThreadLocal);
       logits_ = step(tokens_);

@@ -13,12 +13,24 @@ namespace {
 
 using at::Tensor;
 
+/// Whether tokens (batch, seqlen, features) may have a product by step_linear's tiles. Torch's
+/// library of products takes 80 ms to start, of what the first prompt of a process waits for.
+bool is_short_prompt(const Tensor& tokens) {
+  constexpr int64_t kMostTokens = 64;
+  return tokens.is_cuda() && tokens.element_size() == 2 && !c10::GradMode::is_enabled() &&
+         tokens.size(0) * tokens.size(1) <= kMostTokens;
+}
+
 /// weight @ token + bias for every token of (batch, seqlen, features), as (batch, rows, seqlen). It
 /// is stored as (rows, batch, seqlen): tokens of a channel lie side by side, as convolution and
-/// scan walk them, and the transpose of the result is `tokens` for the next product, uncopied.
+/// scan walk them, and the transpose of the result is `tokens` for the next product, uncopied. In a
+/// short prompt the order of tokens in memory does not matter.
 Tensor project_channel_first(const Tensor& tokens, const Tensor& weight,
                              const Tensor& bias = Tensor()) {
   const int64_t batch = tokens.size(0), seqlen = tokens.size(1);
+  if (is_short_prompt(tokens)) {
+    return step_linear(tokens, weight, if_defined(bias)).transpose(1, 2);
+  }
   const Tensor columns = tokens.flatten(0, 1).t();  // (features, batch * seqlen)
   const Tensor projected =
       bias.defined() ? at::addmm(bias.unsqueeze(-1), weight, columns) : at::mm(weight, columns);
@@ -163,7 +175,7 @@ Tensor MambaImpl::forward_unfused(const Tensor& xz, MambaState* state,
   const auto [y, last_state] =
       selective_scan(x, delta, A(), /*B=*/projected[1], /*C=*/projected[2], D, z, dt_proj->bias,
                      initial_state, seq_idx, /*delta_softplus=*/true);
-  const Tensor out = project(out_proj, y.transpose(1, 2));
+  const Tensor out = project_step(out_proj, y.transpose(1, 2));
   if (state == nullptr) return out;
 
   const torch::NoGradGuard no_grad;

@@ -201,7 +201,7 @@ Tensor Mamba2Impl::prefill(const Tensor& u, MambaState& state,
                            const std::optional<Tensor>& cu_seqlens) {
   const int64_t width = options.d_conv();
   const auto seq_idx = cu_seqlens ? std::nullopt : seq_idx_;
-  const Parts parts = split(project(in_proj, u));
+  const Parts parts = split(project_step(in_proj, u));
   const Tensor inputs = parts.xBC.transpose(1, 2);  // (batch, channels, seqlen)
   const Tensor past = read_cache(state.conv_state, inputs.scalar_type());
   const auto convolve = [&](const Tensor& x, const std::optional<Tensor>& ids,
@@ -236,7 +236,7 @@ Tensor Mamba2Impl::prefill(const Tensor& u, MambaState& state,
       /*initial_states=*/
       read_cache(state.ssm_state, A_log.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
       seq_idx, cu_seqlens, /*dt_softplus=*/true, options.dt_limit().first, dt_upper_limit());
-  const Tensor out = project(out_proj, gate(parts, y.flatten(2)));
+  const Tensor out = project_step(out_proj, gate(parts, y.flatten(2)));
 
   const torch::NoGradGuard no_grad;
   state.conv_state.copy_(columns.narrow(2, columns.size(2) - width, width));

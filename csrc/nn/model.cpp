@@ -413,7 +413,7 @@ Tensor MixerModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>*
   TORCH_CHECK(states == nullptr || states->size() == layers->size(),
               "MambaLMHeadModel: expected one state per layer, ", layers->size(), ", got ",
               states == nullptr ? 0 : states->size());
-  Tensor hidden = embedding->forward(input_ids);  // (batch, seqlen, d_model)
+  Tensor hidden = look_up(embedding, input_ids);  // (batch, seqlen, d_model)
   Tensor residual;
   for (size_t i = 0; i < layers->size(); ++i) {
     hidden = layers->at<BlockImpl>(i).forward(hidden, residual,

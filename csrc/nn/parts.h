@@ -5,6 +5,7 @@
 #include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
 #include <mamba_ssm/ops.h>
+#include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
 
 #include <optional>
@@ -21,9 +22,22 @@ inline at::Tensor project(const torch::nn::Linear& layer, const at::Tensor& x) {
   return at::linear(x, layer->weight, if_defined(layer->bias));
 }
 
-/// project for the few tokens of a decode step.
+/// project for few tokens, as in a decode step or a short prompt.
 inline at::Tensor project_step(const torch::nn::Linear& layer, const at::Tensor& x) {
   return step_linear(x, layer->weight, if_defined(layer->bias));
+}
+
+/// embedding(ids). For so few ids torch has a kernel in a module whose loading takes the first
+/// decode step of a process 50 ms (torch 2.11, H200, 2026-11-26); that of gather takes 11, or
+/// nothing after a prompt.
+inline at::Tensor look_up(torch::nn::Embedding& embedding, const at::Tensor& ids) {
+  constexpr int64_t kMostIds = 16;
+  if (!ids.is_cuda() || ids.numel() == 0 || ids.numel() > kMostIds || c10::GradMode::is_enabled()) {
+    return embedding->forward(ids);
+  }
+  const at::Tensor& weight = embedding->weight;
+  const auto rows = ids.reshape({-1, 1}).to(at::kLong).expand({-1, weight.size(1)});
+  return weight.gather(0, rows).view({ids.size(0), ids.size(1), weight.size(1)});
 }
 
 /// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.

@@ -10,7 +10,7 @@ from mamba_ssm import _library  # noqa: F401  first: it registers the ops that a
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
-from mamba_ssm.ops import _flops  # noqa: F401  formulas for torch's FLOP counter
+from mamba_ssm.ops import _flops, _layouts  # noqa: F401  for torch's FLOP counter and compiler
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
 
 # Programs reach these as attributes after `import mamba_ssm`.

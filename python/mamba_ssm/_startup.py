@@ -43,7 +43,8 @@ def _output(*arguments):
 def _generate(device, layer):
     torch.manual_seed(0)
     config = MambaConfig(d_model=256, n_layer=4, vocab_size=1000, ssm_cfg={"layer": layer})
-    model = MambaLMHeadModel(config, device=device).eval()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = MambaLMHeadModel(config, device=device, dtype=dtype).eval()
     prompt = torch.randint(1000, (1, 64), device=device)
     seconds = []
     for _ in range(1 + STEADY_CALLS):

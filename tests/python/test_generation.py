@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from harness import replay
-from harness.registration import import_bindings
+from harness.registration import fused_only, import_bindings
 from mamba_ssm import MambaLMHeadModel, bench
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import CausalLMOutput
+from mamba_ssm.modules._parts import look_up
 from mamba_ssm.utils import generation
 from mamba_ssm.utils.generation import (
     InferenceParams,
@@ -712,3 +713,30 @@ def test_launches_of_a_step(layer, most):
         return bench.launches_of_step(model)
 
     assert launches(4) - launches(2) <= 2 * most
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="the tiles are of compute capability 9.0",
+)
+@fused_only
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_first_cuda_call_loads_little(layer):
+    """Nothing of a short generation needs torch's library of products, or its kernel for few ids."""
+    config = MambaConfig(256, n_layer=2, vocab_size=VOCAB, ssm_cfg=dict(layer=layer))
+    model = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16).eval()
+    with torch.profiler.profile() as profile:
+        model.generate(prompts("cuda", batch=2, seqlen=32), 36, cg=True)
+        model.generate(prompts("cuda", batch=1, seqlen=20), 24)
+    names = {event.key for event in profile.key_averages()}
+    assert not names & {"aten::mm", "aten::addmm", "aten::bmm"}
+    assert not [name for name in names if "indexSelectSmallIndex" in name]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 16, 17])
+def test_look_up(count, device):
+    embedding = torch.nn.Embedding(VOCAB, 24, device=device)
+    ids = torch.randint(VOCAB, (1, count), generator=seeded()).to(device)
+    with torch.inference_mode():
+        assert torch.equal(look_up(embedding, ids), embedding(ids))
+    assert look_up(embedding, ids).requires_grad

@@ -62,6 +62,12 @@ def test_kernels(op):
     )
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_any_layout(op):
+    """Inductor copies nothing to give an operation other strides."""
+    assert torch.Tag.flexible_layout in getattr(torch.ops.mamba_ssm, op).default.tags
+
+
 @pytest.mark.parametrize("schema", SCHEMAS, ids=OPS)
 def test_schema(schema):
     """Results are fresh; what a call writes to is marked; derivatives name what they derive."""

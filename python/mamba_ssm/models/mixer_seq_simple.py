@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from mamba_ssm.models.config_mamba import MambaConfig
-from mamba_ssm.modules._parts import step_linear
+from mamba_ssm.modules._parts import look_up, step_linear
 from mamba_ssm.modules.block import Block, add_norm
 from mamba_ssm.modules.mamba2 import Mamba2
 from mamba_ssm.modules.mamba_simple import Mamba
@@ -183,7 +183,7 @@ class MixerModel(nn.Module):
 
     def forward(self, input_ids, inference_params=None, **mixer_kwargs):
         """mixer_kwargs, such as seq_idx, go to every mixer; not all kinds take the same ones."""
-        hidden_states = self.embedding(input_ids)
+        hidden_states = look_up(self.embedding, input_ids)
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(

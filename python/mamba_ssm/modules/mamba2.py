@@ -370,9 +370,9 @@ class Mamba2(nn.Module, HubMixin):
             and self.d_ssm == self.d_inner
         )
 
-    def _project_in(self, u, seqlen):
+    def _project_in(self, u, seqlen, cached=False):
         """Tokens as forward takes them to (batch, seqlen, d_in_proj)."""
-        zxbcdt = self.in_proj(u)
+        zxbcdt = step_linear(self.in_proj, u) if cached else self.in_proj(u)
         return zxbcdt.unflatten(0, (-1, seqlen)) if u.dim() == 2 else zxbcdt
 
     def _forward(self, u, seq_idx=None, cu_seqlens=None, initial_states=None, seqlen=None):
@@ -412,7 +412,7 @@ class Mamba2(nn.Module, HubMixin):
     def _forward_cached(self, u, seqlen, seq_idx, cu_seqlens, conv_state, ssm_state, continues):
         """The block part by part. Leaves the states after the last token in conv_state and
         ssm_state, and starts from them if `continues`."""
-        z0, x0, z, xBC, dt = self._split(self._project_in(u, seqlen))
+        z0, x0, z, xBC, dt = self._split(self._project_in(u, seqlen, cached=True))
         inputs = xBC.transpose(1, 2)  # (batch, channels, seqlen)
         past = torch.zeros_like(conv_state, dtype=inputs.dtype)
         if continues:
@@ -433,7 +433,7 @@ class Mamba2(nn.Module, HubMixin):
         y, final_states = self._scan(z, xBC, dt, initial_states, seq_idx, cu_seqlens)
         conv_state.copy_(columns[..., -self.d_conv :])
         ssm_state.copy_(final_states.detach())
-        return self._project_out(z0, x0, z, y, u)
+        return self._project_out(z0, x0, z, y, u, cached=True)
 
     def _convolve(self, x, seq_idx=None, history=None):
         """(batch, channels, seqlen) behind history (batch, channels, d_conv - 1): the convolution
@@ -473,10 +473,11 @@ class Mamba2(nn.Module, HubMixin):
         )
         return y.flatten(2), final_states
 
-    def _project_out(self, z0, x0, z, y, u):
+    def _project_out(self, z0, x0, z, y, u, cached=False):
         """y (batch, seqlen, d_ssm) to tokens as forward got them in u."""
         y = self._gate(z0, x0, z, y)
-        return self.out_proj(y.flatten(0, 1) if u.dim() == 2 else y)
+        y = y.flatten(0, 1) if u.dim() == 2 else y
+        return step_linear(self.out_proj, y) if cached else self.out_proj(y)
 
     def _gate(self, z0, x0, z, y):
         """Input of out_proj: y, normalized, behind the MLP."""

@@ -288,6 +288,7 @@ class Mamba(nn.Module):
                 columns = F.pad(final_states, (1, 0))
             conv_state.copy_(columns[..., -self.d_conv :].detach())
             ssm_state.copy_(last_state.detach())
+            return step_linear(self.out_proj, y.transpose(1, 2))
         return self.out_proj(y.transpose(1, 2))
 
 

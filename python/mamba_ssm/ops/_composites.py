@@ -15,13 +15,29 @@ from mamba_ssm.ops.triton._chunks import compute_dtype, sequence_ids
 ops = torch.ops.mamba_ssm
 
 
+def _is_short_prompt(tokens):
+    """Whether tokens (batch, seqlen, features) may have a product by step_linear's tiles. Torch's
+    library of products takes 80 ms to start, of what the first prompt of a process waits for."""
+    most_tokens = 64
+    return (
+        tokens.is_cuda
+        and tokens.dtype in (torch.float16, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and tokens.shape[0] * tokens.shape[1] <= most_tokens
+    )
+
+
 def project_channel_first(tokens, weight, bias=None):
     """weight @ token + bias for tokens (batch, seqlen, features), as (batch, rows, seqlen).
 
     It is stored as (rows, batch, seqlen): tokens of a channel lie side by side, as convolution and
-    scan walk them, and the transpose of the result is `tokens` for the next product, uncopied.
+    scan walk them, and the transpose of the result is `tokens` for the next product, uncopied. In a
+    short prompt the order of tokens in memory does not matter.
     """
     batch, seqlen, _ = tokens.shape
+    if _is_short_prompt(tokens):
+        return torch.ops.mamba_ssm.step_linear(tokens, weight, bias).transpose(1, 2)
     columns = tokens.flatten(0, 1).t()  # (features, batch * seqlen)
     if bias is None:
         projected = torch.mm(weight, columns)

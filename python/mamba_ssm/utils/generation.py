@@ -283,6 +283,7 @@ def decode(
             batch_size,
             longest,
             max_seqlen,
+            n_warmups=1,
             state_dtype=state_dtype,
         )
         inference_params = model._decoding_cache.inference_params
