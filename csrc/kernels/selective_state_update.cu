@@ -12,7 +12,8 @@
 // At batch 1 a warp's own latency counts, and in large calls the issue slots, so the vector kernel
 // is sparing with instructions: the grid has an axis for each index (no divisions), what is one
 // number per row is the work of one lane, and the sums of the rows are halved between the lanes
-// until each lane has the row that it loaded the numbers of.
+// until each lane has the row that it loaded the numbers of. In a small call the addresses are
+// computed while the kernel before is still at work (kEarly).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -91,6 +92,18 @@ __device__ __forceinline__ int64_t offset(const NarrowView<kRank>& v, Index... i
   return sum;
 }
 
+/// Where the element at the given indices is, computed here and not where it is used. No element
+/// has 64 bits.
+template <int kRank, class... Index>
+__device__ __forceinline__ const void* early_address(const NarrowView<kRank>& v, Index... index) {
+  const void* address =
+      static_cast<const char*>(v.data) +
+      offset(v, index...) * (v.dtype == DType::kFloat32 ? sizeof(float) : sizeof(Half));
+  asm volatile("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 /// False if a stride does not fit.
 template <int kRank>
 bool narrow(const View<kRank>& v, NarrowView<kRank>* narrowed) {
@@ -161,6 +174,7 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
   constexpr int kRows = kTied ? 1 : kItems;      // batch rows of a thread
   // A token is loaded while the one before is at work.
   constexpr bool kAhead = kTokens && kItems * kVectors == 1;
+  constexpr bool kEarly = !kTokens && kItems == 1;
   static_assert(kShare >= 1);
 
   // Item i is channel d0 + i of batch row b0, or channel d0 of batch row b0 + i.
@@ -173,10 +187,27 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
   const unsigned h = blockIdx.y;
   const unsigned d = kTied ? d0 + own : d0;
   const unsigned b = kTied ? b0 : b0 + own;
+  const auto state_index = [&](int v) { return (v * kLanes + lane) * kVec; };  // first of vector v
+  const unsigned group = p.heads_of_group == gridDim.y ? 0 : h / p.heads_of_group;
   if (p.starts_next_early) let_next_start();
+  struct {
+    const void *state, *dt, *dt_bias, *x, *z, *D, *A, *B, *C, *out;
+  } early = {};
+  if constexpr (kEarly) {
+    const unsigned n = state_index(0);
+    early = {early_address(p.state, 0, h, d0, n),
+             early_address(p.dt, b, h, d),
+             early_address(p.dt_bias, h, d),
+             early_address(p.x, b, h, d),
+             early_address(p.z, b, h, d),
+             early_address(p.D, h, d),
+             early_address(p.A, h, d0, kTied ? 0 : n),
+             early_address(p.B, b, group, n),
+             early_address(p.C, b, group, n),
+             early_address(p.out, b, h, d)};
+  }
   wait_for_previous();
   if (d0 - first >= p.headdim) return;
-  const auto state_index = [&](int v) { return (v * kLanes + lane) * kVec; };  // first of vector v
 
   // Loads come first, to be on their way together; nothing is converted before the last of them.
   int32_t slot[kRows];
@@ -186,8 +217,10 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
     return kTied ? slot[0] >= 0 && d0 + i < p.headdim : slot[kTied ? 0 : i] >= 0 && d0 < p.headdim;
   };
   const auto state_row = [&](int i) {
-    return static_cast<S*>(p.state.data) +
-           offset(p.state, slot[kTied ? 0 : i], h, kTied ? d0 + i : d0) + lane * kVec;
+    const auto data = static_cast<S*>(kEarly ? const_cast<void*>(early.state) : p.state.data);
+    return data +
+           (kEarly ? offset(p.state, slot[0])
+                   : offset(p.state, slot[kTied ? 0 : i], h, kTied ? d0 + i : d0) + lane * kVec);
   };
   Pack<S, kVec> state[kItems][kVectors];
 #pragma unroll
@@ -209,42 +242,48 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
     Pack<T, kVec> C[kRows][kVectors] = {};
   } token;
   const bool owner = b < p.batch && d < p.headdim;
+  const auto load_number = [&](auto& bits, const auto& view, const void* early, int64_t token,
+                               auto... index) {
+    kEarly ? bits.load(early, view.dtype, 0)
+           : bits.load(view.data, view.dtype, offset(view, index...) + token);
+  };
+  const auto activation = [&](const NarrowView<3>& view, const void* early, int64_t token) {
+    return kEarly ? *static_cast<const T*>(early)
+                  : static_cast<const T*>(view.data)[offset(view, b, h, d) + token];
+  };
   const auto load_numbers = [&](Token& token, int64_t t) {  // and with the first what all share
     if (!owner) return;
-    token.dt.load(p.dt.data, p.dt.dtype, offset(p.dt, b, h, d) + t * p.token_stride.dt);
-    if (t == 0 && given(p.dt_bias)) {
-      dt_bias.load(p.dt_bias.data, p.dt_bias.dtype, offset(p.dt_bias, h, d));
-    }
-    token.x = static_cast<const T*>(p.x.data)[offset(p.x, b, h, d) + t * p.token_stride.x];
-    if (given(p.z)) {
-      token.z = static_cast<const T*>(p.z.data)[offset(p.z, b, h, d) + t * p.token_stride.z];
-    }
-    if (t == 0 && given(p.D)) D.load(p.D.data, p.D.dtype, offset(p.D, h, d));
+    load_number(token.dt, p.dt, early.dt, t * p.token_stride.dt, b, h, d);
+    if (t == 0 && given(p.dt_bias)) load_number(dt_bias, p.dt_bias, early.dt_bias, 0, h, d);
+    token.x = activation(p.x, early.x, t * p.token_stride.x);
+    if (given(p.z)) token.z = activation(p.z, early.z, t * p.token_stride.z);
+    if (t == 0 && given(p.D)) load_number(D, p.D, early.D, 0, h, d);
   };
   load_numbers(token, 0);
   if constexpr (kTied) {
-    A[0].load(p.A.data, p.A.dtype, offset(p.A, h));
+    load_number(A[0], p.A, early.A, 0, h);
   } else {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (d0 >= p.headdim || state_index(v) >= p.dstate) continue;
-      const int64_t from = offset(p.A, h, d0, state_index(v));
+      const void* const data = kEarly ? early.A : p.A.data;
+      const int64_t from =
+          kEarly ? offset(p.A, 0, 0, v * kLanes * kVec) : offset(p.A, h, d0, state_index(v));
       if (p.packed_A) {
-        A[v].load_floats(static_cast<const float*>(p.A.data) + from);
+        A[v].load_floats(static_cast<const float*>(data) + from);
       } else {
-        A[v].load(p.A.data, p.A.dtype, from, p.A.stride[2]);
+        A[v].load(data, p.A.dtype, from, p.A.stride[2]);
       }
     }
   }
-  const unsigned group = p.heads_of_group == gridDim.y ? 0 : h / p.heads_of_group;
   const auto load_projection = [&](Pack<T, kVec>(&packs)[kVectors], const NarrowView<3>& view,
-                                   unsigned row, int64_t token_offset) {
-    const T* const from =
-        static_cast<const T*>(view.data) + offset(view, row, group) + token_offset;
+                                   const void* early, unsigned row, int64_t token_offset) {
+    const T* const from = static_cast<const T*>(kEarly ? early : view.data) +
+                          (kEarly ? 0 : offset(view, row, group) + token_offset);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const unsigned n = state_index(v);
-      if (n >= p.dstate) continue;
+      if (state_index(v) >= p.dstate) continue;
+      const unsigned n = kEarly ? v * kLanes * kVec : state_index(v);
       if (p.packed_BC) {
         packs[v].load(from + n);
       } else {
@@ -261,8 +300,8 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (slot[i] < 0) continue;
-      load_projection(token.B[i], p.B, b0 + i, t * p.token_stride.B);
-      load_projection(token.C[i], p.C, b0 + i, t * p.token_stride.C);
+      load_projection(token.B[i], p.B, early.B, b0 + i, t * p.token_stride.B);
+      load_projection(token.C[i], p.C, early.C, b0 + i, t * p.token_stride.C);
     }
   };
   load_projections(token, 0);
@@ -345,8 +384,10 @@ __global__ void __launch_bounds__(kThreads, kResident<S, kItems, kTied, kTokens>
       for (int i = 1; i < kRows; ++i) {
         if (own == i) there = slot[i] >= 0;
       }
-      T* const out = static_cast<T*>(p.out.data) + offset(p.out, b, h, d);
-      out[t * p.token_stride.out] = from_accumulate<T>(there ? y : Acc(0));
+      T* const out =
+          kEarly ? static_cast<T*>(const_cast<void*>(early.out))
+                 : static_cast<T*>(p.out.data) + offset(p.out, b, h, d) + t * p.token_stride.out;
+      *out = from_accumulate<T>(there ? y : Acc(0));
     }
     if (!kTokens || ++t == tokens) break;
     if (kAhead) {
@@ -499,8 +540,8 @@ bool launch_arm(const SelectiveStateUpdateParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.headdim, kChannels)),
                   static_cast<unsigned>(p.nheads), static_cast<unsigned>(batch_blocks));
   // The blocks of the next kernel must not be in the way of those that have not loaded yet, nor of
-  // their loads, which are more in a block of tied rows.
-  constexpr int kBlocks = kTied ? 1 : 2;  // of a multiprocessor
+  // their loads, which are the fewest in a block of single rows of their own decays.
+  constexpr int kBlocks = kTied || kItems > 1 ? 1 : 4;  // of a multiprocessor
   v.starts_next_early = int64_t{grid.x} * grid.y * grid.z <= kBlocks * multiprocessor_count();
   launch_overlapped<update_vectors<T, S, kLanes, kVectors, kItems, kTied, kTokens>>(grid, kThreads,
                                                                                     0, stream, v);

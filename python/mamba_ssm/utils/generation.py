@@ -316,8 +316,10 @@ def decode(
         ).logits[:, -1]
 
     seen = input_ids  # with padding that repeats a token of the row
-    finished = ends >= max_length  # (batch, 1)
-    counts = torch.zeros_like(ends)  # new tokens of each row
+    rows_differ = ragged or eos_token_id is not None
+    if rows_differ:
+        finished = ends >= max_length  # (batch, 1)
+        counts = torch.zeros_like(ends)  # new tokens of each row
     new_tokens, scores = [], []
     tokens = None  # (batch, 1), the last ones
     for i in range(steps):
@@ -352,7 +354,7 @@ def decode(
         if repetition_penalty != 1.0:
             seen = torch.cat([seen, tokens], dim=1)
         new_tokens.append(tokens)
-        if ragged or eos_token_id is not None:
+        if rows_differ:
             new_tokens[-1] = tokens.masked_fill(finished, pad_token_id)
             counts += ~finished
             finished = finished | (ends + (i + 1) >= max_length)
