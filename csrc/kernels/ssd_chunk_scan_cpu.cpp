@@ -409,11 +409,14 @@ void store_row(const TokenRows& rows, int64_t token, const S* row) {
 inline void prefetch_row(const TokenRows& rows, int64_t token) {
   asm volatile("");  // else GCC drops the call: a function of prefetches alone has no effect
   if (rows.stride != 1) return;
-  constexpr int64_t kLine = 64;
+  constexpr int64_t kLine = 64;  // a row may start within one
   const int64_t size = rows.dtype == DType::kFloat32 ? 4 : rows.dtype == DType::kFloat64 ? 8 : 2;
   const char* const row =
       static_cast<const char*>(rows.data) + (rows.offset + token * rows.token_stride) * size;
-  for (int64_t at = 0; at < rows.length * size; at += kLine) __builtin_prefetch(row + at, 0, 2);
+  const int64_t before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % kLine);
+  for (int64_t at = -before; at < rows.length * size; at += kLine) {
+    __builtin_prefetch(row + at, 0, 2);
+  }
 }
 
 template <class S>
