@@ -28,8 +28,7 @@ inline at::Tensor project_step(const torch::nn::Linear& layer, const at::Tensor&
 }
 
 /// embedding(ids). For so few ids torch has a kernel in a module whose loading takes the first
-/// decode step of a process 50 ms (torch 2.11, H200, 2026-11-26); that of gather takes 11, or
-/// nothing after a prompt.
+/// decode step of a process 50 ms; that of gather takes 11 to 26 (torch 2.11, H200, 2026-11-26).
 inline at::Tensor look_up(torch::nn::Embedding& embedding, const at::Tensor& ids) {
   constexpr int64_t kMostIds = 16;
   if (!ids.is_cuda() || ids.numel() == 0 || ids.numel() > kMostIds || c10::GradMode::is_enabled()) {

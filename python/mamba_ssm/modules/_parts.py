@@ -39,7 +39,7 @@ def look_up(embedding, ids):
     """embedding(ids).
 
     For so few ids torch has a kernel in a module whose loading takes the first decode step of a
-    process 50 ms (torch 2.11, H200, 2026-11-26); that of gather takes 11, or nothing after a prompt.
+    process 50 ms; that of gather takes 11 to 26 (torch 2.11, H200, 2026-11-26).
     """
     most_ids = 16
     if (
