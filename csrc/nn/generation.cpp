@@ -1,3 +1,4 @@
+#include <ATen/Context.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -6,6 +7,7 @@
 #include <ATen/ops/rand.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
@@ -177,6 +179,32 @@ Tensor sample(const Tensor& logits, int64_t top_k, double top_p, double min_p, d
   // that has a probability.
   const Tensor index = at::searchsorted(cumulative, u * total, /*out_int32=*/false, /*right=*/true);
   return (tokens.defined() ? tokens.gather(-1, index) : index).squeeze(-1);
+}
+
+void load_kernels(const Tensor& weight) {
+  if (!weight.is_cuda()) return;
+  const c10::InferenceMode inference;
+  const c10::DeviceGuard device(weight.device());
+  const Tensor ids = at::zeros({1, 2}, weight.options().dtype(at::kLong));
+  const Tensor logits = at::zeros({1, weight.size(0)}, weight.options());
+  try {
+    at::linear(weight.slice(0, 0, 256), weight.slice(0, 0, 4096));  // as in a prompt
+    at::linear(weight.slice(0, 0, 1), weight);                      // as in a step
+    // As the embedding of one token.
+    weight.gather(0, ids.narrow(1, 0, 1).expand({1, weight.size(1)}));
+    const Tensor is_prompt = at::arange(2, ids.options()) < at::full({1, 1}, 2, ids.options());
+    at::cat({at::where(is_prompt, ids, ids), ids}, 1);
+    sample(logits);
+    const at::Generator generator = at::globalContext()
+                                        .getAcceleratorHooksInterface(weight.device().type())
+                                        .getNewGenerator(weight.device().index());
+    sample(logits, /*top_k=*/0, /*top_p=*/0.9, /*min_p=*/0, /*temperature=*/1, generator);
+    sample(modify_logit_for_repetition_penalty(logits, ids, 1.1), /*top_k=*/50, /*top_p=*/0.9,
+           /*min_p=*/0.1, /*temperature=*/1, generator);
+  } catch (const c10::Error&) {
+    // What cannot run here, for want of memory or of a deterministic algorithm, is reported where
+    // it is called for.
+  }
 }
 
 Tensor MambaLMHeadModelImpl::generate(const Tensor& input_ids, const GenerateOptions& options) {

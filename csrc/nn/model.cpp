@@ -485,6 +485,7 @@ std::shared_ptr<MambaLMHeadModelImpl> MambaLMHeadModelImpl::from_pretrained(
   }
   auto model = std::make_shared<MambaLMHeadModelImpl>(config);
   load_state_dict(*model, tensors);
+  load_kernels(model->backbone->embedding->weight);
   return model;
 }
 

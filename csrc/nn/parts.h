@@ -39,6 +39,10 @@ inline at::Tensor look_up(torch::nn::Embedding& embedding, const at::Tensor& ids
   return weight.gather(0, rows).view({ids.size(0), ids.size(1), weight.size(1)});
 }
 
+/// Has a GPU load the kernels of torch that a first `generate` would wait for, as load_kernels of
+/// Python's utils.generation does. weight: (vocab, d_model), of an embedding.
+void load_kernels(const at::Tensor& weight);
+
 /// float32, or float64 if the tensor is float64: the type that parameters of the scan compute in.
 inline at::Tensor to_accumulate_type(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat);

@@ -10,6 +10,7 @@ import pickle
 import resource
 import stat
 import struct
+import subprocess
 import sys
 import types
 import zipfile
@@ -114,6 +115,27 @@ def test_arguments_of_the_constructor(tmp_path):
 
 
 # config.json ------------------------------------------------------------------------------------
+
+
+@models
+def test_loading_draws_nothing(tmp_path, config):
+    """Random numbers would be overwritten, and on the meta device need torch's compiler.
+
+    Those of the few biases of dt are drawn.
+    """
+    make(**config).save_pretrained(tmp_path)
+    program = f"""
+import sys, torch
+from mamba_ssm import MambaLMHeadModel
+MambaLMHeadModel.from_pretrained({str(tmp_path)!r})
+assert not {{"torch._dynamo", "sympy"}} & set(sys.modules)
+with torch.profiler.profile() as profile:  # which imports them
+    MambaLMHeadModel.from_pretrained({str(tmp_path)!r})
+counts = {{event.key: event.count for event in profile.key_averages()}}
+assert "aten::copy_" in counts and "aten::normal_" not in counts
+assert counts["aten::uniform_"] < counts["aten::rand"]  # which calls the former
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_config_file_is_json(tmp_path):

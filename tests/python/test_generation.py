@@ -2,9 +2,11 @@
 
 import gc
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from harness import replay
 from harness.registration import fused_only, import_bindings
@@ -740,3 +742,51 @@ def test_look_up(count, device):
     with torch.inference_mode():
         assert torch.equal(look_up(embedding, ids), embedding(ids))
     assert look_up(embedding, ids).requires_grad
+
+
+def loaded(work):
+    """Which of SOME_KERNELS work() calls."""
+    with torch.profiler.profile() as profile:
+        work()
+    return SOME_KERNELS & {event.key for event in profile.key_averages()}
+
+
+SOME_KERNELS = {"aten::mm", "aten::gather", "aten::argmax", "aten::topk", "aten::sort"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loads kernels of a GPU")
+def test_cuda_model_has_its_kernels_loaded(monkeypatch):
+    """Those of products and of sampling, once for a type, without a draw from the generator."""
+    config = MambaConfig(64, n_layer=1, vocab_size=VOCAB)
+    monkeypatch.setattr(generation, "_loaded", set())
+    model = MambaLMHeadModel(config)
+    before = torch.cuda.get_rng_state()
+    assert loaded(model.cuda) == SOME_KERNELS
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert not loaded(model.cuda)
+    with FakeTensorMode():
+        MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16)
+    model.lm_head = torch.nn.Identity()
+    assert not loaded(model.half)
+    constructor = partial(MambaLMHeadModel, config, device="cuda", dtype=torch.bfloat16)
+    assert loaded(constructor) == SOME_KERNELS and not loaded(constructor)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loads kernels of a GPU")
+def test_cuda_cpp_model_has_its_kernels_loaded(tmp_path):
+    load = import_bindings().MambaLMHeadModel.from_pretrained
+    folder = saved(make(dtype=torch.float32), tmp_path)
+    before = torch.cuda.get_rng_state()
+    assert loaded(lambda: load(folder, device=torch.device("cuda"))) == SOME_KERNELS
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loads kernels of a GPU")
+def test_cuda_model_where_kernels_cannot_be_loaded(monkeypatch):
+    """A model is made all the same, if its algorithms must be deterministic and one is not."""
+    monkeypatch.setattr(generation, "_loaded", set())
+    torch.use_deterministic_algorithms(True)
+    try:
+        MambaLMHeadModel(MambaConfig(64, n_layer=1, vocab_size=VOCAB), device="cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)

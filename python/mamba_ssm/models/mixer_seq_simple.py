@@ -21,7 +21,7 @@ from mamba_ssm.modules.mha import MHA
 from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.ops.triton.layer_norm import RMSNorm
 from mamba_ssm.utils._safetensors import save_safetensors
-from mamba_ssm.utils.generation import GenerationMixin
+from mamba_ssm.utils.generation import GenerationMixin, load_kernels
 from mamba_ssm.utils.hf import (
     CONFIG,
     SAFETENSORS,
@@ -109,7 +109,7 @@ def _init_weights(
     if rescale_prenorm_residual:
         # Matches parameters of direct children, so that apply() draws each of them once.
         for name, parameter in module.named_parameters():
-            if name in ("out_proj.weight", "fc2.weight"):
+            if name in ("out_proj.weight", "fc2.weight") and not parameter.is_meta:
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
                 with torch.no_grad():
                     parameter /= math.sqrt(n_residuals_per_layer * n_layer)
@@ -208,11 +208,31 @@ def _tie_assigned(model, incompatible_keys):
         model.tie_weights()
 
 
+class _WithoutFills(torch.overrides.TorchFunctionMode):
+    """Parameters are not filled with random numbers: for a model whose weights are read.
+
+    Beside the time of the numbers, this saves that of torch._dynamo, 1 to 5 s, which torch imports
+    for normal numbers on the meta device.
+    """
+
+    FILLS = (
+        *(torch.Tensor.normal_, nn.init.normal_),
+        *(torch.Tensor.uniform_, nn.init.uniform_, nn.init.kaiming_uniform_),
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 class MambaLMHeadModel(nn.Module, GenerationMixin):
     """MixerModel with a linear head, whose weight is the embedding's when tie_embeddings.
 
     The vocabulary is padded up to a multiple of pad_vocab_size_multiple. initializer_cfg has
-    keyword arguments of _init_weights.
+    keyword arguments of _init_weights. A model that comes to a GPU has the kernels of torch loaded
+    that a first `generate` would wait for, once in a process: about 0.3 s.
     """
 
     def __init__(self, config: MambaConfig, initializer_cfg=None, device=None, dtype=None):
@@ -239,6 +259,13 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self.tie_weights()
         self.register_load_state_dict_pre_hook(_complete_tied)
         self.register_load_state_dict_post_hook(_tie_assigned)
+        load_kernels(self.lm_head.weight)
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `cuda`, `bfloat16` and the like call."""
+        super()._apply(fn, recurse)
+        load_kernels(getattr(self.lm_head, "weight", None))
+        return self
 
     @property
     def reads_positions(self):
@@ -292,8 +319,9 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         state_dict = load_state_dict_hf(pretrained_model_name, use_safetensors=use_safetensors)
-        cls.from_state_dict(config, state_dict, pretrained_model_name, dtype=dtype, **kwargs)
-        model = cls(config, device=device, dtype=dtype, **kwargs)
+        with _WithoutFills():
+            cls.from_state_dict(config, state_dict, pretrained_model_name, dtype=dtype, **kwargs)
+            model = cls(config, device=device, dtype=dtype, **kwargs)
         model.load_state_dict(state_dict)
         return model
 

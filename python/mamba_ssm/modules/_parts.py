@@ -1,5 +1,7 @@
 """What the modules share: which submodules may be bypassed, inference caches, a step's convolution."""
 
+import math
+
 import torch
 import torch.nn as nn
 
@@ -53,6 +55,19 @@ def look_up(embedding, ids):
         return embedding(ids)
     rows = ids.reshape(-1, 1).long().expand(-1, embedding.embedding_dim)
     return embedding.weight.gather(0, rows).view(*ids.shape, embedding.embedding_dim)
+
+
+def draw_dt_bias(size, dt_min, dt_max, dt_init_floor, device=None, dtype=None):
+    """(size,), whose softplus is log-uniform in [dt_min, dt_max], but at least dt_init_floor.
+
+    Source: arXiv 2312.00752, 3.6.
+    """
+    dt = torch.rand(size, device=device, dtype=dtype)
+    if dt.is_meta:  # without values; for arithmetic on it torch imports its compiler, 1 to 5 s
+        return dt
+    dt = torch.exp(dt * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+    dt = dt.clamp(min=dt_init_floor)
+    return dt + torch.log(-torch.expm1(-dt))
 
 
 # Mixer types that Block may hand what in_proj makes of a decode step's token: called as

@@ -14,6 +14,7 @@ from mamba_ssm.modules._parts import (
     A_of,
     A_of_step,
     cache_options,
+    draw_dt_bias,
     is_plain,
     read_cache,
     states_from_cache,
@@ -177,17 +178,15 @@ class Mamba2(nn.Module, HubMixin):
             nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
         self.act = nn.SiLU()
 
-        # softplus(dt_bias) is log-uniform in [dt_min, dt_max].
-        dt = torch.exp(
-            torch.rand(self.nheads, **factory_kwargs) * (math.log(dt_max) - math.log(dt_min))
-            + math.log(dt_min)
-        ).clamp(min=dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_bias = nn.Parameter(
+            draw_dt_bias(self.nheads, dt_min, dt_max, dt_init_floor, **factory_kwargs)
+        )
         self.dt_bias._no_weight_decay = True
 
-        float_dtype = torch.promote_types(dt.dtype, torch.float32)
+        float_dtype = torch.promote_types(self.dt_bias.dtype, torch.float32)
         A = torch.empty(self.nheads, dtype=float_dtype, device=device).uniform_(*A_init_range)
-        self.A_log = nn.Parameter(torch.log(A).to(dt.dtype))
+        A_log = A if A.is_meta else torch.log(A)
+        self.A_log = nn.Parameter(A_log.to(self.dt_bias.dtype))
         self.A_log._no_weight_decay = True
         D_size = self.d_ssm if self.D_has_hdim else self.nheads
         self.D = nn.Parameter(torch.ones(D_size, dtype=float_dtype, device=device))

@@ -11,6 +11,7 @@ from mamba_ssm.modules._parts import (
     A_of,
     A_of_step,
     cache_options,
+    draw_dt_bias,
     is_plain,
     read_cache,
     states_from_cache,
@@ -101,19 +102,19 @@ class Mamba(nn.Module):
                 f'Mamba: dt_init must be "random" or "constant", got {dt_init!r}'
             )
 
-        # softplus(dt_proj.bias) is log-uniform in [dt_min, dt_max].
-        dt = torch.exp(
-            torch.rand(self.d_inner, **factory_kwargs) * (math.log(dt_max) - math.log(dt_min))
-            + math.log(dt_min)
-        ).clamp(min=dt_init_floor)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.dt_proj.bias.copy_(
+                draw_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, **factory_kwargs)
+            )
         self.dt_proj.bias._no_reinit = True
 
         # S4D real initialization, A = -(1, ..., d_state) per channel, and D = 1.
         float_dtype = torch.promote_types(self.dt_proj.weight.dtype, torch.float32)
-        A = torch.arange(1, self.d_state + 1, dtype=float_dtype, device=device)
-        self.A_log = nn.Parameter(torch.log(A).repeat(self.d_inner, 1))
+        A_log = torch.empty(self.d_inner, self.d_state, dtype=float_dtype, device=device)
+        if not A_log.is_meta:
+            A = torch.arange(1, self.d_state + 1, dtype=float_dtype, device=device)
+            A_log[:] = torch.log(A)
+        self.A_log = nn.Parameter(A_log)
         self.A_log._no_weight_decay = True
         self.D = nn.Parameter(torch.ones(self.d_inner, dtype=float_dtype, device=device))
         self.D._no_weight_decay = True

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -379,6 +380,48 @@ def decode(
     if enable_timing:
         print(f"generation: {_clock(device) - start_time:.0f} ms")
     return GenerateDecoderOnlyOutput(sequences, tuple(scores) if output_scores else None)
+
+
+_loaded = set()  # (device, dtype)
+
+
+@torch.inference_mode()
+def load_kernels(weight):
+    """Has a GPU load the kernels of torch that a first `generate` would wait for.
+
+    weight: (vocab, d_model), of the head of a model, a parameter on that GPU in float32 or 16 bits.
+    Does nothing for anything else, or a second time for a device and dtype.
+
+    A kernel is loaded, or a module of many, when it is first launched. The library of products
+    takes 70 to 110 ms for that, and what `decode` and `sample` consist of as long again (torch
+    2.11, H200, 2026-11-26): several times what a prompt and the steps behind it take.
+    """
+    if (
+        type(weight) is not torch.nn.Parameter  # as are fake tensors, and sharded ones
+        or not weight.is_cuda
+        or weight.dim() != 2
+        or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+        or (weight.device, weight.dtype) in _loaded
+    ):
+        return
+    _loaded.add((weight.device, weight.dtype))
+    vocab, d_model = weight.shape
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
+    logits = weight.new_zeros(1, 1, vocab)
+
+    def model(*args, **kwargs):
+        return SimpleNamespace(logits=logits)
+
+    # What cannot run here, for want of memory or of a deterministic algorithm, is reported where
+    # it is called for.
+    with torch.cuda.device(weight.device), contextlib.suppress(RuntimeError):
+        F.linear(weight[:256], weight[:4096])  # as in a prompt
+        F.linear(weight[:1], weight)  # as in a step
+        weight.gather(0, ids[:, :1].expand(1, d_model))  # as the embedding of one token
+        decode(ids, model, 4)
+        sampling = dict(top_p=0.9, generator=torch.Generator(weight.device))
+        decode(ids, model, 4, top_k=0, **sampling)
+        decode(ids, model, 4, top_k=50, min_p=0.1, repetition_penalty=1.1, **sampling)
 
 
 class GenerationMixin:

@@ -120,7 +120,8 @@ class MAMBA_SSM_API MambaLMHeadModelImpl : public torch::nn::Cloneable<MambaLMHe
 
   /// Reads config.json and the weights in `folder`, as written by save_pretrained here or in
   /// Python: model.safetensors, or else the shards that model.safetensors.index.json lists. The
-  /// parameters get `dtype` (absent: torch's default dtype) whatever the file holds. Raises
+  /// parameters get `dtype` (absent: torch's default dtype) whatever the file holds. A GPU loads
+  /// the kernels of torch, too, that a first `generate` would wait for. Raises
   /// std::runtime_error if a file is missing, malformed, or does not fit the other (c10::Error if
   /// it asks for a Mamba block that cannot be).
   static std::shared_ptr<MambaLMHeadModelImpl> from_pretrained(
