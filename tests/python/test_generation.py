@@ -776,9 +776,7 @@ def test_cuda_model_has_its_kernels_loaded(monkeypatch):
 def test_cuda_cpp_model_has_its_kernels_loaded(tmp_path):
     load = import_bindings().MambaLMHeadModel.from_pretrained
     folder = saved(make(dtype=torch.float32), tmp_path)
-    before = torch.cuda.get_rng_state()
     assert loaded(lambda: load(folder, device=torch.device("cuda"))) == SOME_KERNELS
-    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="loads kernels of a GPU")
