@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_MEGABYTES = 100  # what package indexes take
+NO_CUOBJDUMP = "its GPU architectures cannot be checked without cuobjdump"
 
 SYSTEM = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
 SYSTEM |= {"ld-linux-aarch64.so.1", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
@@ -209,7 +210,7 @@ def _gpu_architectures(tree):
     tools += [t for f in _package_folders("nvidia") for t in Path(f).glob("cu*/bin/cuobjdump")]
     tool = next(filter(None, tools), None)
     if not tool:
-        return ["its GPU architectures cannot be checked without cuobjdump"]
+        return [NO_CUOBJDUMP]
     found = []
     for option, expected in (("--list-elf", cubins), ("--list-ptx", ptx)):
         listed = subprocess.run([tool, option, str(tree / OPS)], capture_output=True, text=True)
