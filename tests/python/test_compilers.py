@@ -286,7 +286,7 @@ with torch.no_grad():
 
 @functools.cache
 def packages_load():
-    """Of torch alone: builds of 2.11 crash in loading any package."""
+    """Of torch alone: those of 2.11 crash unless CXX links them with -Bsymbolic (see README)."""
     if torch.__version__ >= torch.torch_version.TorchVersion("2.13"):
         return True
     with tempfile.TemporaryDirectory() as folder:
