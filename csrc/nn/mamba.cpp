@@ -69,17 +69,14 @@ void MambaImpl::reset() {
   const at::ScalarType dtype = options.dtype().value_or(at::get_default_dtype_as_scalartype());
   const at::ScalarType state_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
 
-  using torch::nn::LinearOptions;
-  in_proj = register_module(
-      "in_proj", torch::nn::Linear(LinearOptions(d_model, 2 * d_inner()).bias(options.bias())));
+  in_proj = register_module("in_proj", make_linear(d_model, 2 * d_inner(), options.bias()));
   conv1d = register_module(
       "conv1d", torch::nn::Conv1d(torch::nn::Conv1dOptions(d_inner(), d_inner(), options.d_conv())
                                       .bias(options.conv_bias())
                                       .groups(d_inner())
                                       .padding(options.d_conv() - 1)));
-  x_proj = register_module(
-      "x_proj", torch::nn::Linear(LinearOptions(d_inner(), dt_rank() + 2 * d_state).bias(false)));
-  dt_proj = register_module("dt_proj", torch::nn::Linear(dt_rank(), d_inner()));
+  x_proj = register_module("x_proj", make_linear(d_inner(), dt_rank() + 2 * d_state, false));
+  dt_proj = register_module("dt_proj", make_linear(dt_rank(), d_inner()));
   {
     const torch::NoGradGuard no_grad;
     const double s = options.dt_scale() / std::sqrt(static_cast<double>(dt_rank()));
@@ -97,8 +94,7 @@ void MambaImpl::reset() {
       "A_log",
       at::arange(1, d_state + 1, state_dtype).log().expand({d_inner(), d_state}).contiguous());
   D = register_parameter("D", at::ones({d_inner()}, state_dtype));
-  out_proj = register_module(
-      "out_proj", torch::nn::Linear(LinearOptions(d_inner(), d_model).bias(options.bias())));
+  out_proj = register_module("out_proj", make_linear(d_inner(), d_model, options.bias()));
 
   for (const auto& child : children()) child->to(dtype);
   if (options.device()) to(*options.device());

@@ -87,10 +87,8 @@ void Mamba2Impl::reset() {
   const at::ScalarType dtype = options.dtype().value_or(at::get_default_dtype_as_scalartype());
   const at::ScalarType state_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
 
-  using torch::nn::LinearOptions;
   const int64_t d_in_proj = 2 * d_inner() - d_ssm() + channels() + nheads();
-  in_proj = register_module(
-      "in_proj", torch::nn::Linear(LinearOptions(d_model, d_in_proj).bias(options.bias())));
+  in_proj = register_module("in_proj", make_linear(d_model, d_in_proj, options.bias()));
   conv1d = register_module(
       "conv1d", torch::nn::Conv1d(torch::nn::Conv1dOptions(channels(), channels(), options.d_conv())
                                       .bias(options.conv_bias())
@@ -113,8 +111,7 @@ void Mamba2Impl::reset() {
     norm = register_module(
         "norm", RmsNormGated(d_ssm(), d_ssm() / options.ngroups(), options.norm_before_gate()));
   }
-  out_proj = register_module(
-      "out_proj", torch::nn::Linear(LinearOptions(d_inner(), d_model).bias(options.bias())));
+  out_proj = register_module("out_proj", make_linear(d_inner(), d_model, options.bias()));
 
   for (const auto& child : children()) child->to(dtype);
   if (options.device()) to(*options.device());

@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "parts.h"
+
 namespace mamba_ssm {
 namespace {
 
@@ -382,8 +384,13 @@ MixerModelImpl::MixerModelImpl(MambaLMConfig config_) : config(std::move(config_
 
 void MixerModelImpl::reset() {
   const torch::NoGradGuard no_grad;
-  embedding = torch::nn::Embedding(config.padded_vocab_size(), config.d_model());
-  embedding->weight.normal_(0, 0.02);
+  const bool fills = !WithoutFills::active();
+  const int64_t vocab = config.padded_vocab_size(), d_model = config.d_model();
+  torch::nn::EmbeddingOptions options(vocab, d_model);
+  if (!fills) options._weight(at::empty({vocab, d_model}));
+  embedding = torch::nn::Embedding(options);
+  embedding->options._weight(Tensor());  // the options would keep it when the module moves
+  if (fills) embedding->weight.normal_(0, 0.02);
   embedding = register_module("embedding", placed(embedding, config));
 
   layers = register_module("layers", torch::nn::ModuleList());
@@ -398,7 +405,7 @@ void MixerModelImpl::reset() {
         mixer->out_proj->bias.zero_();
       }
     };
-    std::visit(initialize, block->mixer);
+    if (fills) std::visit(initialize, block->mixer);
     layers->push_back(block);
   }
   norm_f = register_module(
@@ -429,9 +436,8 @@ MambaLMHeadModelImpl::MambaLMHeadModelImpl(MambaLMConfig config_) : config(std::
 void MambaLMHeadModelImpl::reset() {
   backbone = register_module("backbone", MixerModel(config));
   if (config.tie_embeddings()) return;
-  const torch::nn::LinearOptions options(config.d_model(), config.padded_vocab_size());
   lm_head = register_module(
-      "lm_head", placed(torch::nn::Linear(torch::nn::LinearOptions(options).bias(false)), config));
+      "lm_head", placed(make_linear(config.d_model(), config.padded_vocab_size(), false), config));
 }
 
 Tensor MambaLMHeadModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states,
@@ -483,7 +489,11 @@ std::shared_ptr<MambaLMHeadModelImpl> MambaLMHeadModelImpl::from_pretrained(
               " differ, but config.json ties them");
     }
   }
-  auto model = std::make_shared<MambaLMHeadModelImpl>(config);
+  const auto make_model = [&] {
+    const WithoutFills without_fills;
+    return std::make_shared<MambaLMHeadModelImpl>(config);
+  };
+  const auto model = make_model();
   load_state_dict(*model, tensors);
   load_kernels(model->backbone->embedding->weight);
   return model;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
 #include <mamba_ssm/ops.h>
@@ -15,6 +16,33 @@ namespace mamba_ssm {
 
 inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+/// While one exists in a thread, large weights of modules made there are left as they are, since
+/// those of a checkpoint take their place. torch's constructors fill them with random numbers,
+/// which takes longer than reading them.
+class WithoutFills {
+ public:
+  WithoutFills() : outer_(active_) { active_ = true; }
+  ~WithoutFills() { active_ = outer_; }
+  WithoutFills(const WithoutFills&) = delete;
+  WithoutFills& operator=(const WithoutFills&) = delete;
+  static bool active() { return active_; }
+
+ private:
+  static inline thread_local bool active_ = false;
+  bool outer_;
+};
+
+/// A linear layer, initialized as torch does.
+inline torch::nn::Linear make_linear(int64_t in_features, int64_t out_features, bool bias = true) {
+  const auto options = torch::nn::LinearOptions(in_features, out_features).bias(bias);
+  if (!WithoutFills::active()) return torch::nn::Linear(options);
+  torch::nn::Linear layer(torch::nn::LinearOptions(1, 1).bias(bias));
+  layer->options = options;
+  layer->weight.set_data(at::empty({out_features, in_features}));
+  if (bias) layer->bias.set_data(at::empty({out_features}));
+  return layer;
 }
 
 /// layer(x) as Python computes it: torch's C++ layer rounds the product before it adds the bias.

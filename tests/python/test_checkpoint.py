@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import resource
@@ -136,6 +137,21 @@ assert "aten::copy_" in counts and "aten::normal_" not in counts
 assert counts["aten::uniform_"] < counts["aten::rand"]  # which calls the former
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("config", [MODELS["Mamba"], MODELS["Mamba2"]], ids=["Mamba", "Mamba2"])
+def test_loading_in_cpp_draws_little(tmp_path, config):
+    """Nothing as large as a matrix of weights; the few numbers are of convolutions and of dt."""
+    load = import_bindings().MambaLMHeadModel.from_pretrained
+    make(**config, d_model=64).save_pretrained(tmp_path)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        load(tmp_path)
+    sizes = [
+        math.prod(event.input_shapes[0])
+        for event in profile.events()
+        if event.name in ("aten::normal_", "aten::uniform_")
+    ]
+    assert 0 < max(sizes) < 64 * 64
 
 
 def test_config_file_is_json(tmp_path):
