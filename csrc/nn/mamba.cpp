@@ -75,7 +75,8 @@ void MambaImpl::reset() {
                                       .bias(options.conv_bias())
                                       .groups(d_inner())
                                       .padding(options.d_conv() - 1)));
-  x_proj = register_module("x_proj", make_linear(d_inner(), dt_rank() + 2 * d_state, false));
+  x_proj =
+      register_module("x_proj", make_linear(d_inner(), dt_rank() + 2 * d_state, /*bias=*/false));
   dt_proj = register_module("dt_proj", make_linear(dt_rank(), d_inner()));
   {
     const torch::NoGradGuard no_grad;

@@ -437,7 +437,8 @@ void MambaLMHeadModelImpl::reset() {
   backbone = register_module("backbone", MixerModel(config));
   if (config.tie_embeddings()) return;
   lm_head = register_module(
-      "lm_head", placed(make_linear(config.d_model(), config.padded_vocab_size(), false), config));
+      "lm_head",
+      placed(make_linear(config.d_model(), config.padded_vocab_size(), /*bias=*/false), config));
 }
 
 Tensor MambaLMHeadModelImpl::forward(const Tensor& input_ids, std::vector<MambaState>* states,

@@ -119,11 +119,8 @@ def test_arguments_of_the_constructor(tmp_path):
 
 
 @models
-def test_loading_draws_nothing(tmp_path, config):
-    """Random numbers would be overwritten, and on the meta device need torch's compiler.
-
-    Those of the few biases of dt are drawn.
-    """
+def test_loading_draws_little(tmp_path, config):
+    """Nothing but dt's biases: it would be overwritten, and on the meta device needs a compiler."""
     make(**config).save_pretrained(tmp_path)
     program = f"""
 import sys, torch

@@ -232,7 +232,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 
     The vocabulary is padded up to a multiple of pad_vocab_size_multiple. initializer_cfg has
     keyword arguments of _init_weights. A model that comes to a GPU has the kernels of torch loaded
-    that a first `generate` would wait for, once in a process: about 0.3 s.
+    that a first `generate` would wait for, once for a type: about 0.3 s.
     """
 
     def __init__(self, config: MambaConfig, initializer_cfg=None, device=None, dtype=None):
