@@ -86,10 +86,8 @@ void MambaImpl::reset() {
     } else {
       dt_proj->weight.fill_(s);
     }
-    const double log_min = std::log(options.dt_min()), log_max = std::log(options.dt_max());
-    const Tensor dt = at::exp(at::rand({d_inner()}) * (log_max - log_min) + log_min)
-                          .clamp_min(options.dt_init_floor());
-    dt_proj->bias.copy_(dt + at::log(-at::expm1(-dt)));  // inverse of softplus
+    dt_proj->bias.copy_(
+        draw_dt_bias(d_inner(), options.dt_min(), options.dt_max(), options.dt_init_floor()));
   }
   A_log = register_parameter(
       "A_log",

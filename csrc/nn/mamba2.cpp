@@ -98,11 +98,9 @@ void Mamba2Impl::reset() {
     const torch::NoGradGuard no_grad;
     conv1d->weight.uniform_(-*options.conv_init(), *options.conv_init());
   }
-  const double log_min = std::log(options.dt_min()), log_max = std::log(options.dt_max());
-  const Tensor dt = at::exp(at::rand({nheads()}) * (log_max - log_min) + log_min)
-                        .clamp_min(options.dt_init_floor());
-  // The inverse of softplus.
-  dt_bias = register_parameter("dt_bias", (dt + at::log(-at::expm1(-dt))).to(dtype));
+  dt_bias = register_parameter(
+      "dt_bias", draw_dt_bias(nheads(), options.dt_min(), options.dt_max(), options.dt_init_floor())
+                     .to(dtype));
   const auto [A_min, A_max] = options.A_init_range();
   A_log = register_parameter(
       "A_log", at::empty({nheads()}, state_dtype).uniform_(A_min, A_max).log().to(dtype));

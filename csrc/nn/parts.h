@@ -3,12 +3,17 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/expm1.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/log.h>
+#include <ATen/ops/rand.h>
 #include <c10/core/GradMode.h>
 #include <mamba_ssm/ops.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/linear.h>
 
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -43,6 +48,15 @@ inline torch::nn::Linear make_linear(int64_t in_features, int64_t out_features, 
   layer->weight.set_data(at::empty({out_features, in_features}));
   if (bias) layer->bias.set_data(at::empty({out_features}));
   return layer;
+}
+
+/// (size,), whose softplus is log-uniform in [dt_min, dt_max], but at least dt_init_floor. Source:
+/// arXiv 2312.00752, 3.6.
+inline at::Tensor draw_dt_bias(int64_t size, double dt_min, double dt_max, double dt_init_floor) {
+  const double log_min = std::log(dt_min), log_max = std::log(dt_max);
+  const at::Tensor dt =
+      at::exp(at::rand({size}) * (log_max - log_min) + log_min).clamp_min(dt_init_floor);
+  return dt + at::log(-at::expm1(-dt));  // the inverse of softplus
 }
 
 /// layer(x) as Python computes it: torch's C++ layer rounds the product before it adds the bias.
