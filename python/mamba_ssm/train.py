@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -31,6 +32,7 @@ WARMUP, LAST_LR = 0.05, 0.05  # fractions of the training, and of the largest le
 STATE = "trainer.json"  # of a checkpoint: how far it is, and the name of the file of tensors
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 SECONDS_BETWEEN_LINES = 10
+SECONDS_FOR_GLOO = 1  # at most, to drop a tensor; mostly microseconds
 
 EPILOG = """\
 examples:
@@ -289,9 +291,7 @@ class Trainer:
         """Takes the mean loss, rank 0's time, and whether one of the ranks wants to stop."""
         if self.ranks > 1:
             values = [loss / self.ranks, seconds * (self.rank == 0), float(stop)]
-            shared = torch.tensor(values, dtype=torch.float64, device=self.device)
-            dist.all_reduce(shared)
-            loss, seconds, stop = shared.tolist()
+            loss, seconds, stop = sum_over_ranks(values, self.device)
         self.losses.append(loss / math.log(2) / self.corpus.bytes_per_token)
         self.seconds, self.stopped = seconds, bool(stop)
 
@@ -403,6 +403,22 @@ def rank_and_ranks():
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def sum_over_ranks(values, where):
+    """The sums over the ranks of each of some floats."""
+    shared = torch.tensor(values, dtype=torch.float64, device=where)
+    dist.all_reduce(shared)
+    sums = shared.tolist()
+    if where.type == "cpu":
+        # A thread of Gloo holds the tensor a little longer, and needs the interpreter to drop it.
+        # If that ended first, the rank would abort, and torchrun stop the others while they write.
+        held = weakref.ref(shared)
+        del shared
+        deadline = time.monotonic() + SECONDS_FOR_GLOO
+        while held() is not None and time.monotonic() < deadline:
+            time.sleep(1e-3)  # leaves the interpreter to that thread
+    return sums
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -328,6 +329,19 @@ def test_bits_per_byte():
     tokens = torch.randint(64, (2000,))
     corpus = text.Corpus(tokens, tokens, bytes_per_token=1.5, digest="")
     assert text.bits_per_byte(model, corpus) == pytest.approx(6 / 1.5)
+
+
+def test_sum_over_ranks_waits_for_gloo(monkeypatch):
+    """A process that ends while a thread of Gloo still has a tensor of Python aborts."""
+    held = []
+
+    def all_reduce(tensor):
+        held.append(tensor)
+        threading.Timer(0.1, held.clear).start()
+
+    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
+    assert train.sum_over_ranks([0.5, 2.0], torch.device("cpu")) == [0.5, 2.0]
+    assert not held
 
 
 # Processes ---------------------------------------------------------------------------------------
