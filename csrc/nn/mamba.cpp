@@ -81,10 +81,10 @@ void MambaImpl::reset() {
   {
     const torch::NoGradGuard no_grad;
     const double s = options.dt_scale() / std::sqrt(static_cast<double>(dt_rank()));
-    if (options.dt_init() == "random") {
-      dt_proj->weight.uniform_(-s, s);
-    } else {
+    if (options.dt_init() == "constant") {
       dt_proj->weight.fill_(s);
+    } else if (!WithoutFills::active()) {
+      dt_proj->weight.uniform_(-s, s);
     }
     dt_proj->bias.copy_(
         draw_dt_bias(d_inner(), options.dt_min(), options.dt_max(), options.dt_init_floor()));

@@ -23,9 +23,8 @@ inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
 }
 
-/// While one exists in a thread, large weights of modules made there are left as they are, since
-/// those of a checkpoint take their place. torch's constructors fill them with random numbers,
-/// which takes longer than reading them.
+/// While one exists in a thread, matrices of modules made there are not filled with random numbers,
+/// which takes longer than reading those of a checkpoint that take their place.
 class WithoutFills {
  public:
   WithoutFills() : outer_(active_) { active_ = true; }

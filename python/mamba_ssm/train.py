@@ -32,7 +32,7 @@ WARMUP, LAST_LR = 0.05, 0.05  # fractions of the training, and of the largest le
 STATE = "trainer.json"  # of a checkpoint: how far it is, and the name of the file of tensors
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 SECONDS_BETWEEN_LINES = 10
-SECONDS_FOR_GLOO = 1  # at most, to drop a tensor; mostly microseconds
+SECONDS_FOR_GLOO = 1  # to drop a tensor, at most
 
 EPILOG = """\
 examples:

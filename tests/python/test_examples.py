@@ -11,21 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.examples import program
 
 from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.utils._safetensors import save_safetensors
 
 ROOT = Path(__file__).parents[2]
-FOLDER = Path(os.environ.get("MAMBA_SSM_EXAMPLES_DIR", ROOT / "build/scripts/examples/cpp"))
 PROMPT = "The state of a scan"
-
-
-def program(name):
-    path = FOLDER / f"mamba_{name}"
-    if not path.is_file():
-        pytest.skip(f"{path} is not built: MAMBA_SSM_EXAMPLES=ON, MAMBA_SSM_TESTS=ON")
-    return path
 
 
 def run(tmp_path, name, *arguments, code=0, **options):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from harness.examples import program
 
 from mamba_ssm import MambaLMHeadModel, generate, text
 from mamba_ssm.__main__ import main
@@ -252,15 +253,13 @@ def test_model_of_the_hub(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("layer", ["Mamba", "Mamba2"])
 def test_cpp_program_writes_the_same_bytes(layer, tmp_path):
     """What train leaves, read by the C++ example; seed and temperature draw the same in both."""
-    program = ROOT / "build" / "scripts" / "examples" / "cpp" / "mamba_generate"
-    if not program.is_file():
-        pytest.skip(f"the C++ example was not built: {program}")
+    example = program("generate")
     harness = str(ROOT / "tests" / "harness")
     options = ["--steps", "20", "--d-model", "32", "--n-layer", "2", "--seqlen", "32", *CPU]
     assert main(["train", harness, "--out", str(tmp_path), "--layer", layer, *options]) == 0
     command = [sys.executable, "-m", "mamba_ssm", "generate", str(tmp_path), *CPU]
     common = ["--prompt", "def é", "--seed", "3", "--temperature", "0.7"]
     python = subprocess.run([*command, *common, "--tokens", "200"], capture_output=True)
-    cpp = subprocess.run([program, tmp_path, *common, "--tokens", "200"], capture_output=True)
+    cpp = subprocess.run([example, tmp_path, *common, "--tokens", "200"], capture_output=True)
     assert python.returncode == cpp.returncode == 0, python.stderr + cpp.stderr
     assert python.stdout == cpp.stdout.decode(errors="replace").encode()
